@@ -1,0 +1,101 @@
+"""The sublayers of a decoder: attention and SwiGLU, each with the PreNorm that its input passes through.
+
+A sublayer takes its *normalised* input: the stream applies ``sublayer.norm``, so that a kernel can fuse it with the read.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from fathom.models.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """``weight ⊙ x / sqrt(mean(x²) + eps)`` over the last dim."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class Context(NamedTuple):
+    """What all attention sublayers of one forward pass share."""
+
+    cos: Tensor
+    """Rotary cosines [T, head_width / 2]."""
+    sin: Tensor
+    mask: Tensor | None
+    """[B, 1, T, T], True where attention may look; None for plain causal attention."""
+
+
+def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of ``position · base^(-2i / head_width)``: two float32 tensors [context, head_width / 2]."""
+    frequency = config.rope_base ** -(torch.arange(0, config.head_width, 2, dtype=torch.float64) / config.head_width)
+    angle = torch.outer(torch.arange(config.context, dtype=torch.float64), frequency)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(
+    x: Float[Tensor, "B H T W"], cos: Float[Tensor, "T W2"], sin: Float[Tensor, "T W2"]
+) -> Float[Tensor, "B H T W"]:
+    """Rotary position embedding (arXiv 2104.09864) on the two halves of each head."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def document_mask(tokens: Int[Tensor, "B T"], end_of_text: int) -> Bool[Tensor, "B 1 T T"]:
+    """True where query t may see key s: s <= t, and no document ends in s .. t-1.
+
+    The end-of-text token belongs to the document that it ends.
+    """
+    ends = (tokens == end_of_text).long()
+    document = ends.cumsum(-1) - ends
+    same = document.unsqueeze(-1) == document.unsqueeze(-2)
+    return same.tril().unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions and optional QK norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads, self.head_width = config.num_heads, config.kv_heads, config.head_width
+        inner, kv = self.num_heads * self.head_width, self.kv_heads * self.head_width
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.qkv = nn.Linear(config.dim, inner + 2 * kv, bias=False)
+        self.out = nn.Linear(inner, config.dim, bias=False)
+        self.query_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
+        heads = rearrange(self.qkv(x), "B T (H W) -> B H T W", W=self.head_width)
+        query, key, value = heads.split((self.num_heads, self.kv_heads, self.kv_heads), dim=1)
+        query = rotate(self.query_norm(query), context.cos, context.sin)
+        key = rotate(self.key_norm(key), context.cos, context.sin)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, context.mask, is_causal=context.mask is None, enable_gqa=self.kv_heads != self.num_heads
+        )
+        return self.out(rearrange(mixed, "B H T W -> B T (H W)"))
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) ⊙ up(x))`` (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.gate_up = nn.Linear(config.dim, 2 * config.mlp_width, bias=False)
+        self.down = nn.Linear(config.mlp_width, config.dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
