@@ -94,7 +94,7 @@ class Manifest:
     def from_json(cls, data: Any, where: str = MANIFEST) -> "Manifest":
         """The manifest that `to_json` wrote; `where` names it in errors."""
 
-        def take(part: Any, key: str, kind: type | tuple[type, ...], at: str = "") -> Any:
+        def take(part: Any, key: str, kind: type, at: str = "") -> Any:
             if not isinstance(part, dict) or key not in part:
                 raise UserError(f"{where}: field {at}{key} is missing; prepare the dataset again")
             value = part[key]
@@ -109,19 +109,17 @@ class Manifest:
         splits: dict[str, tuple[Shard, ...]] = {}
         for split, rows in take(data, "splits", dict).items():
             if split not in SPLITS or not isinstance(rows, list):
-                raise UserError(
-                    f"{where}: field splits.{split} must be a list, and its name one of {', '.join(SPLITS)}"
-                )
+                raise UserError(f"{where}: field splits.{split} must be a list named {' or '.join(SPLITS)}")
             shards = []
             for i, row in enumerate(rows):
                 at = f"splits.{split}[{i}]."
                 name = take(row, "file", str, at)
                 if Path(name).name != name or not name:
                     raise UserError(f"{where}: field {at}file is {name!r}, but must be a plain file name")
-                counts = [take(row, key, int, at) for key in ("tokens", "documents", "bytes")]
-                if counts[0] == 0:
+                counts = {key: take(row, key, int, at) for key in ("tokens", "documents", "bytes")}
+                if counts["tokens"] == 0:
                     raise UserError(f"{where}: field {at}tokens is 0; a shard is never empty")
-                shards.append(Shard(name, *counts, take(row, "sha256", str, at)))
+                shards.append(Shard(name, **counts, sha256=take(row, "sha256", str, at)))
             splits[split] = tuple(shards)
         manifest = cls(
             name=take(data, "name", str),
@@ -135,9 +133,9 @@ class Manifest:
             settings=take(data, "settings", dict),
         )
         if manifest.dtype not in get_args(DType):
-            raise UserError(
-                f"{where}: field dtype is {manifest.dtype!r}, but must be one of {', '.join(get_args(DType))}"
-            )
+            raise UserError(f"{where}: field dtype is {manifest.dtype!r}, but must be {' or '.join(get_args(DType))}")
+        if manifest.dtype == "uint16" and manifest.vocab_size > 2**16:
+            raise UserError(f"{where}: field vocab_size is {manifest.vocab_size}, beyond what dtype uint16 holds")
         if manifest.eos_id >= manifest.vocab_size:
             raise UserError(f"{where}: field eos_id is {manifest.eos_id}, beyond vocab_size {manifest.vocab_size}")
         return manifest
