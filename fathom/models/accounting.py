@@ -1,0 +1,117 @@
+"""Counts of parameters, arithmetic and activation memory, each as named rows that add up to a checked total."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from fathom.models.config import ModelConfig
+from fathom.models.transformer import Transformer
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part. ``assert_parameters`` holds them against a built model."""
+    inner, kv = config.num_heads * config.head_width, config.kv_heads * config.head_width
+    rows = {
+        "embedding": config.vocab_size * config.dim,
+        "attention": config.num_layers * (config.dim * (inner + 2 * kv) + inner * config.dim),
+        "mlp": config.num_layers * 3 * config.dim * config.mlp_width,
+        "norms": (config.num_sublayers + 1) * config.dim
+        + (2 * config.num_layers * config.head_width if config.qk_norm else 0),
+        "depth attention": 0,
+        "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
+    }
+    if config.residual.rule != "prenorm":
+        # A query, and a key gain if there is one, at every sublayer and at the output (section 5).
+        rows["depth attention"] = (config.num_sublayers + 1) * config.dim * (2 if config.residual.gain else 1)
+    return rows
+
+
+def assert_parameters(model: Transformer) -> int:
+    """The number of parameters of ``model``, after checking that the rows of ``parameters`` add up to it."""
+    built = sum(parameter.numel() for parameter in model.parameters())
+    counted = sum(parameters(model.config).values())
+    assert built == counted, f"the model has {built} parameters, the count says {counted}"
+    return built
+
+
+def source_counts(config: ModelConfig) -> list[int]:
+    """How many sources each site reads, the output last; a PreNorm site reads one running sum."""
+    if config.residual.rule == "prenorm":
+        return [1] * (config.num_sublayers + 1)
+    with FakeTensorMode():
+        stream = Transformer(config).stream
+    return [len(stream.source_names(site)) for site in range(config.num_sublayers + 1)]
+
+
+def flops_per_token(config: ModelConfig, context: int) -> dict[str, float]:
+    """Floating-point operations of one token's forward pass in a sequence of ``context``; training costs three times that.
+
+    A multiply-add is two. Attention counts the causal half (on average (context + 1) / 2 keys), so a utilisation
+    computed from this is lower than with the common full-square count. Norms, rotations and activations are left out.
+    A depth-attention site with N sources scores and mixes each: 4 N D, and squares each for its norm: 2 N D.
+    """
+    counts = parameters(config)
+    depth = 0.0
+    if config.residual.rule != "prenorm":
+        depth = 6.0 * config.dim * sum(source_counts(config))
+    return {
+        "attention matrices": 2.0 * counts["attention"],
+        "attention scores": 4.0 * config.num_layers * config.num_heads * config.head_width * (context + 1) / 2,
+        "mlp": 2.0 * counts["mlp"],
+        "depth attention": depth,
+        "head": 2.0 * config.vocab_size * config.dim,
+    }
+
+
+def activation_bytes(
+    config: ModelConfig, batch: int, context: int, *, device: str = "cpu", autocast: bool = False
+) -> dict[str, int]:
+    """Bytes that one eager forward pass of ``loss`` keeps for its backward pass, by part.
+
+    Counted, not estimated: the pass runs on fake tensors (shapes without data, so any size fits) and every distinct storage that autograd
+    saves is added once, to the part that saved it first. Parameters and their casts are not activations; casts of them that
+    autocast saves are listed as ``weight casts``. ``device`` matters: kernels differ in what they save.
+    """
+    rows: dict[str, int] = defaultdict(int)
+    seen: set[int] = set()
+    part = "embedding"
+    keep: list[Any] = []
+
+    with FakeTensorMode() as mode, torch.device(device):
+        model = Transformer(config, end_of_text=0)
+        tokens = torch.zeros(batch, context, dtype=torch.int64)
+        parameter_storages = {p.untyped_storage()._cdata for p in model.parameters()}
+        parameter_shapes = {p.shape for p in model.parameters() if p.ndim == 2}
+        parameter_shapes |= {shape[::-1] for shape in parameter_shapes}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in parameter_storages and storage._cdata not in seen:
+                seen.add(storage._cdata)
+                keep.append(tensor)
+                is_cast = autocast and tensor.ndim == 2 and tensor.shape in parameter_shapes
+                rows["weight casts" if is_cast else part] += storage.nbytes()
+            return tensor
+
+        def enter(name: str) -> Any:
+            def hook(*_: Any) -> None:
+                nonlocal part
+                part = name
+
+            return hook
+
+        for site, sublayer in enumerate(model.sublayers):
+            sublayer.register_forward_pre_hook(enter("mlp" if site % 2 else "attention"))
+            sublayer.register_forward_hook(enter("stream and norms"))
+        model.embedding.register_forward_hook(enter("stream and norms"))
+        model.head.register_forward_pre_hook(enter("head and loss"))
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast(device, torch.bfloat16, enabled=autocast),
+        ):
+            model.loss(tokens, tokens)
+        del mode
+    return dict(rows)

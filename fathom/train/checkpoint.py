@@ -1,0 +1,151 @@
+"""Checkpoints: one folder each, written whole or not at all, refused if a byte has changed.
+
+    checkpoints/step-000200/
+        model.safetensors        the model's parameters
+        optimizer.safetensors    every optimizer tensor, named <optimizer>.<parameter number>.<key>
+        checkpoint.json          step, sequences consumed, end of text, the sha256 of both files
+
+A folder is written under a temporary name, flushed to disk and renamed: a killed or failed save leaves the earlier ones alone.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fathom.errors import UserError
+
+NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: everything that resuming needs besides tensors."""
+
+    step: int
+    """Optimizer steps done."""
+    consumed: int
+    """Training sequences consumed: the whole state of the data order."""
+    end_of_text: int
+    """The tokenizer's end-of-text token."""
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    return {
+        f"{number}.{index}.{key}": value.contiguous()
+        for number, optimizer in enumerate(optimizers)
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Each parameter once: a tied head is the embedding's second name."""
+    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+
+
+def save(
+    run: Path, progress: Progress, model: nn.Module, optimizers: list[torch.optim.Optimizer], *, keep: int
+) -> Path:
+    """Write a checkpoint, then delete all but the newest ``keep``. A full disk is a ``UserError``; nothing half-written stays."""
+    folder = run / "checkpoints" / f"step-{progress.step:06d}"
+    if folder.exists():
+        return folder
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_file(_model_tensors(model), temporary / "model.safetensors")
+        save_file(_optimizer_tensors(optimizers), temporary / "optimizer.safetensors")
+        sums = {name: _sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
+        (temporary / "checkpoint.json").write_text(json.dumps({**vars(progress), "sha256": sums}, indent=2) + "\n")
+        for path in temporary.iterdir():
+            _flush(path)
+        temporary.rename(folder)
+        _flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        earlier = checkpoints(run)
+        last = f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no earlier checkpoint"
+        raise UserError(f"checkpoint {folder} could not be written: {error}; {last}") from None
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def read_progress(folder: Path) -> Progress:
+    """The progress of a checkpoint whose files are all present and unchanged; otherwise a ``UserError`` naming the file."""
+    try:
+        values = json.loads((folder / "checkpoint.json").read_text())
+        sums = values.pop("sha256")
+        progress = Progress(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / 'checkpoint.json'} is missing or damaged ({error}); use another checkpoint"
+        ) from None
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing; use another checkpoint")
+        if _sha256(path) != expected:
+            raise UserError(
+                f"{path} is damaged: its checksum is not the one in checkpoint.json; use another checkpoint"
+            )
+    return progress
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Load the parameters of a checkpoint, checked by ``read_progress``, into ``model``."""
+    path = folder / "model.safetensors"
+    saved = load_file(path)
+    for name, parameter in model.named_parameters():
+        value = saved.pop(name, None)
+        if value is None or value.shape != parameter.shape:
+            found = "missing" if value is None else f"of shape {tuple(value.shape)}"
+            raise UserError(
+                f"{path}: {name} is {found}, the model's is {tuple(parameter.shape)}: not a checkpoint of this model"
+            )
+        with torch.no_grad():
+            parameter.copy_(value)
+    if saved:
+        raise UserError(f"{path}: {next(iter(saved))} is not a parameter of this model")
+
+
+def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Load every optimizer's tensors; rates and decays come from the config."""
+    saved = load_file(folder / "optimizer.safetensors")
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in saved.items():
+            owner, index, key = name.split(".", 2)
+            if int(owner) == number:
+                state.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,166 @@
+"""A training run as a typed, frozen value: the command line sets it, ``config.json`` keeps it, ``load_config`` brings it back."""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from fathom.errors import UserError
+from fathom.models.config import ModelConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and in what pieces."""
+
+    folder: str = "embedded"
+    """A folder written by `fathom data prepare`, or `embedded` for the text inside the package."""
+    batch: int = 8
+    """Sequences of one optimizer step."""
+    micro_batch: int | None = None
+    """Sequences of one forward pass (gradient accumulation); the whole batch if not given. Must divide it."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How parameters move. Groups: optimizers.py."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all, or Muon for the hidden matrices and AdamW for the rest."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon's matrices (scaled to match AdamW's update size)."""
+    depth_lr: float | None = None
+    """Peak learning rate of depth queries and key gains; `lr` if not given."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the squared gradient's mean."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms, gains and queries are never decayed."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Cosine, or warm-up, stable, (linear) decay."""
+    warmup: int = 50
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.2
+    """wsd: the share of all steps that decays."""
+    final_lr: float = 0.1
+    """Learning rate of the last step, as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    steps: int = 500
+    """Optimizer steps."""
+    seed: int = 0
+    """Of initialisation and data order."""
+    device: str = "auto"
+    """cpu, cuda, or auto for the GPU where there is one."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: autocast and a bf16 stream over float32 parameters, gradients and optimizer state."""
+    compile: bool = False
+    """torch.compile the loss: slow to start, faster after."""
+    deterministic: bool = False
+    """Ask torch for deterministic GPU kernels, so that a resumed run equals an unbroken one bit for bit (a CPU run always does)."""
+    eval_every: int = 50
+    """Steps between validations; the last step always validates."""
+    eval_sequences: int = 64
+    """Validation sequences, the same ones each time."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    log_every: int = 1
+    """Steps between metric lines; on a GPU a larger number spares synchronisations."""
+    track: Literal["none", "tensorboard", "trackio"] = "none"
+    """A second sink for the metrics beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        o, d = self.optim, self.data
+        for name, value, least in (
+            ("steps", self.steps, 1), ("eval_every", self.eval_every, 1), ("eval_sequences", self.eval_sequences, 1),
+            ("checkpoint_every", self.checkpoint_every, 1), ("keep_checkpoints", self.keep_checkpoints, 1),
+            ("log_every", self.log_every, 1), ("data.batch", d.batch, 1), ("optim.warmup", o.warmup, 0),
+            ("optim.weight_decay", o.weight_decay, 0), ("optim.clip", o.clip, 0), ("seed", self.seed, 0),
+        ):  # fmt: skip
+            if not value >= least:
+                raise UserError(f"{name} is {value}: it must be at least {least}")
+        for name, rate in (("lr", o.lr), ("muon_lr", o.muon_lr), ("depth_lr", o.depth_lr)):
+            if rate is not None and not rate > 0:
+                raise UserError(f"optim.{name} is {rate}: it must be positive")
+        for name, share in (("beta1", o.beta1), ("beta2", o.beta2)):
+            if not 0 <= share < 1:
+                raise UserError(f"optim.{name} is {share}: it must be in [0, 1)")
+        for name, share in (("decay_fraction", o.decay_fraction), ("final_lr", o.final_lr)):
+            if not 0 <= share <= 1:
+                raise UserError(f"optim.{name} is {share}: it must be in [0, 1]")
+        if d.micro_batch is not None and (d.micro_batch < 1 or d.batch % d.micro_batch):
+            raise UserError(f"data.micro_batch is {d.micro_batch}: it must divide data.batch, {d.batch}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[T], values: Any, where: str = "") -> T:
+    """The config of type ``kind`` from plain JSON values; a wrong key or value is a ``UserError`` that names it."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where or 'the config'} is {type(values).__name__}: it must be an object")
+    fields = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{prefix}{key} is not a setting of {kind.__name__}; it has {', '.join(sorted(fields))}")
+    return kind(**{key: _value(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    options = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        return _value(next(o for o in options if o is not type(None)), value, where)
+    if typing.get_origin(hint) is Literal:
+        if value not in options:
+            raise UserError(f"{where} is {value!r}: it must be one of {', '.join(map(str, options))}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where} is {value!r}: it must be of type {hint.__name__}")
+    return value
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_config(path: Path) -> RunConfig:
+    """The run config in ``path``; ``UserError`` naming the file and what is wrong in it."""
+    try:
+        return from_dict(RunConfig, json.loads(path.read_text()))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: line {error.lineno}: {error.msg}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -1,0 +1,303 @@
+"""The training loop: a ``Trainer`` that takes one step at a time, and ``train``, which drives it to the end.
+
+A run folder describes itself:
+
+    config.json      the RunConfig; loads back and resumes
+    env.json         versions, machine, git state
+    data.json        the corpus: its name, hash, tokenizer, end of text
+    metrics.jsonl    a line a step (train) and a line a validation (val)
+    tokenizer.json   so that the run can be sampled from
+    checkpoints/     see checkpoint.py
+    summary.json     written at the end: final losses, parameters, tokens, seconds
+"""
+
+import fcntl
+import json
+import math
+import shutil
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from fathom.errors import UserError
+from fathom.models.accounting import assert_parameters, flops_per_token
+from fathom.models.transformer import Transformer
+from fathom.train import checkpoint
+from fathom.train.checkpoint import Progress
+from fathom.train.config import RunConfig, load_config, save_config
+from fathom.train.data import Batches, TokenShards
+from fathom.train.environment import environment, peak_flops, pick_device
+from fathom.train.metrics import Metrics, ProgressLine, duration
+from fathom.train.optimizers import lr_share, make_optimizers, set_lr
+from fathom.train.prepare import embedded
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number. The message names the step, the batch and the last good checkpoint."""
+
+
+class Interrupted(Exception):
+    """Training was stopped by the user after a checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; tensors stay on the device until somebody asks."""
+
+    loss: Tensor
+    """Mean training loss of the step's batch, nats per token."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping."""
+    lr: float
+    """AdamW's rate."""
+
+
+def data_folder(config: RunConfig) -> Path:
+    return embedded() if config.data.folder == "embedded" else Path(config.data.folder)
+
+
+class Trainer:
+    """A run: model, optimizers, data and folder. ``step`` advances it by one; ``save`` and ``close`` are the caller's.
+
+    With ``resume`` the newest whole checkpoint of ``run`` is loaded (its config must be the given one); without, ``run`` must not
+    exist yet. Raises ``UserError`` for a folder in use, a damaged checkpoint, or data that does not fit.
+    """
+
+    def __init__(self, config: RunConfig, run: Path, *, resume: bool = False) -> None:
+        self.run, self.device = run, pick_device(config.device)
+        if config.precision == "bf16" and self.device.type == "cpu" and config.compile:
+            raise UserError("precision bf16 with compile is for GPUs; drop one of them on a CPU")
+        folder = data_folder(config)
+        shards = TokenShards(folder, "train")
+        validation = TokenShards(folder, "val", verify=True)
+        # The data decides the vocabulary, so that a recipe fits any corpus.
+        self.config = config = replace(config, model=replace(config.model, vocab_size=shards.vocab_size))
+        self.batches = Batches(shards, config.model.context, config.seed)
+        held_out = Batches(validation, config.model.context, 0, shuffle=False)
+        torch.use_deterministic_algorithms(config.deterministic)
+        self.model = Transformer(config.model, seed=config.seed, end_of_text=shards.eos_id).to(self.device)
+        self.num_parameters = assert_parameters(self.model)
+        self.optimizers = make_optimizers(self.model, config.optim)
+        self.loss_function = torch.compile(self.model.loss) if config.compile else self.model.loss
+        self.progress = Progress(step=0, consumed=0, end_of_text=shards.eos_id)
+
+        self.lock = _claim(run, resume=resume)
+        try:
+            if resume:
+                self._load_newest()
+            else:
+                save_config(config, run / "config.json")
+                (run / "env.json").write_text(json.dumps(environment(self.device), indent=2) + "\n")
+                data = {"folder": config.data.folder, "corpus_hash": shards.corpus_hash, "end_of_text": shards.eos_id,
+                        "bytes_per_token": shards.bytes_per_token}  # fmt: skip
+                (run / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+                shutil.copy(folder / "tokenizer.json", run / "tokenizer.json")
+            recorded = json.loads((run / "data.json").read_text())["corpus_hash"]
+            if recorded != shards.corpus_hash:
+                raise UserError(f"{folder} holds another corpus than the one {run} was trained on; give the original data")
+            self.metrics = Metrics(run, config, keep_until=self.progress.step)
+        except BaseException:
+            self.lock.close()
+            raise
+        count = min(config.eval_sequences, held_out.num_sequences)
+        self.validation = [self._tensors(held_out, first, min(8, count - first)) for first in range(0, count, 8)]
+        self.tokens_per_step = config.data.batch * config.model.context
+
+    def _load_newest(self) -> None:
+        found = checkpoint.checkpoints(self.run)
+        if found:
+            self.progress = checkpoint.read_progress(found[-1])
+            checkpoint.load_model(found[-1], self.model)
+            checkpoint.load_optimizers(found[-1], self.optimizers)
+
+    def _tensors(self, batches: Batches, first: int, count: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = batches.get(first, count)
+        return torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def step(self) -> StepResult:
+        """One optimizer step on the next ``data.batch`` sequences of the order."""
+        data, micro = self.config.data, self.config.data.micro_batch or self.config.data.batch
+        share = lr_share(self.config.optim, self.progress.step, self.config.steps)
+        set_lr(self.optimizers, share)
+        total = torch.zeros((), device=self.device)
+        for first in range(self.progress.consumed, self.progress.consumed + data.batch, micro):
+            inputs, targets = self._tensors(self.batches, first, micro)
+            with self._autocast():
+                loss = self.loss_function(inputs, targets) * (micro / data.batch)
+            loss.backward()
+            total += loss.detach()
+        limit = self.config.optim.clip or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.progress = replace(
+            self.progress, step=self.progress.step + 1, consumed=self.progress.consumed + data.batch
+        )
+        return StepResult(total, grad_norm, self.config.optim.lr * share)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss on the validation sequences, nats per token."""
+        with self._autocast():
+            losses = [(self.loss_function(inputs, targets), len(inputs)) for inputs, targets in self.validation]
+        return sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
+
+    def save(self) -> Path:
+        return checkpoint.save(
+            self.run, self.progress, self.model, self.optimizers, keep=self.config.keep_checkpoints
+        )
+
+    def diverged(self, step: int) -> Diverged:
+        """The error for a loss of ``step`` (1-based) that is not finite."""
+        first = (step - 1) * self.config.data.batch
+        earlier = checkpoint.checkpoints(self.run)
+        good = f"last good checkpoint: {earlier[-1]}" if earlier else "no checkpoint had been written"
+        return Diverged(
+            f"the loss of step {step} is not finite (sequences {first} to {first + self.config.data.batch - 1} of the "
+            f"order with seed {self.config.seed}); {good}; a lower learning rate is the usual cure"
+        )
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.lock.close()
+
+
+def _claim(run: Path, *, resume: bool) -> TextIO:
+    """Make (or, to resume, find) the run folder and lock it for this process."""
+    if resume and not (run / "config.json").is_file():
+        raise UserError(f"{run} is not a run folder: it has no config.json")
+    if not resume and run.exists() and any(run.iterdir() if run.is_dir() else [run]):
+        raise UserError(f"{run} exists already; resume it with `fathom train --resume {run}` or give another --out")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"run folder {run} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(f"{run} is in use by another process") from None
+    return lock
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """Collect the first Ctrl-C or SIGTERM instead of dying of it; a second one is immediate."""
+    received: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        received.append(number)
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def train(config: RunConfig, run: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Train ``config`` in folder ``run`` to its last step and return the summary that ``summary.json`` holds.
+
+    Raises ``UserError`` for what the user can mend, ``Diverged`` for a loss that is not finite, and ``Interrupted`` after Ctrl-C or
+    SIGTERM, once the step in progress is done and saved.
+    """
+    trainer = Trainer(config, run, resume=resume)
+    try:
+        with _stop_on_signal() as stop:
+            return _drive(trainer, stop)
+    finally:
+        trainer.close()
+
+
+def resume(run: Path) -> dict[str, Any]:
+    """Continue the run in folder ``run`` from its newest checkpoint, with its own config."""
+    return train(load_config(run / "config.json"), run, resume=True)
+
+
+def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
+    config, line = trainer.config, ProgressLine()
+    flops = 3 * sum(flops_per_token(config.model, config.model.context).values())
+    peak = peak_flops(trainer.device)
+    pending: list[tuple[int, StepResult]] = []
+    rates: list[float] = []
+    validation = math.nan
+    begin = mark = time.perf_counter()
+    started = trainer.progress.step
+
+    def write_pending() -> None:
+        nonlocal mark
+        for step, result in pending:
+            if not math.isfinite(result.loss.item()):
+                raise trainer.diverged(step)
+        seconds = (time.perf_counter() - mark) / max(1, len(pending))
+        for step, result in pending:
+            rates.append(trainer.tokens_per_step / seconds)
+            trainer.metrics.write(
+                "train", step, loss=result.loss.item(), grad_norm=result.grad_norm.item(), lr=result.lr,
+                tokens=step * trainer.tokens_per_step, step_seconds=seconds, tokens_per_second=rates[-1],
+                mfu=None if peak is None else flops * rates[-1] / peak,
+            )  # fmt: skip
+        pending.clear()
+        mark = time.perf_counter()
+
+    while trainer.progress.step < config.steps:
+        pending.append((trainer.progress.step + 1, trainer.step()))
+        step = trainer.progress.step
+        last = step == config.steps
+        if len(pending) == config.log_every or last or step == started + 1:
+            loss = pending[-1][1].loss
+            write_pending()
+            left = (config.steps - step) * (time.perf_counter() - begin) / (step - started)
+            use = f"mfu {flops * rates[-1] / peak:.1%}" if peak else f"{rates[-1] / torch.get_num_threads():,.0f}/core"
+            line.show(
+                f"{config.model.residual.rule} step {step}/{config.steps}  loss {loss.item():.3f}  val {validation:.3f}  "
+                f"{rates[-1]:,.0f} tokens/s  {use}  {duration(left)} left"
+            )
+        if step % config.eval_every == 0 or last:
+            write_pending()
+            validation = trainer.validate()
+            trainer.metrics.write("val", step, loss=validation, tokens=step * trainer.tokens_per_step)
+            mark = time.perf_counter()
+        if step % config.checkpoint_every == 0 or last or stop:
+            write_pending()
+            saved = trainer.save()
+            mark = time.perf_counter()
+            if stop and not last:
+                line.clear()
+                raise Interrupted(f"stopped after step {step}; saved {saved}")
+    line.clear()
+    return summarize(trainer, validation, rates, time.perf_counter() - begin)
+
+
+def summarize(trainer: Trainer, validation: float, rates: list[float], seconds: float) -> dict[str, Any]:
+    """Write and return ``summary.json``."""
+    if math.isnan(validation):
+        validation = trainer.validate()
+    summary = {
+        "rule": trainer.config.model.residual.rule,
+        "steps": trainer.progress.step,
+        "tokens": trainer.progress.step * trainer.tokens_per_step,
+        "parameters": trainer.num_parameters,
+        "val_loss": validation,
+        "tokens_per_second": statistics.median(rates) if rates else None,
+        "seconds": seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else None,
+    }
+    (trainer.run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary

@@ -1,0 +1,123 @@
+"""Where a run's numbers go: ``metrics.jsonl``, an optional second sink, and one progress line on a terminal."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from fathom.errors import UserError
+from fathom.train.config import RunConfig, to_dict
+
+
+class Metrics:
+    """Appends one JSON object a line; each has ``kind`` (train, val) and ``step``. Losses are in nats per token."""
+
+    def __init__(self, run: Path, config: RunConfig, *, keep_until: int) -> None:
+        """Lines of steps after ``keep_until`` belong to a part of the run that will be run again, and are dropped."""
+        self.path = run / "metrics.jsonl"
+        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= keep_until]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.path)
+        self.file = self.path.open("a")
+        self.sink = _sink(run, config)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.file.flush()
+        if self.sink is not None:
+            self.sink.log(kind, step, {k: v for k, v in values.items() if isinstance(v, int | float)})
+
+    def close(self) -> None:
+        self.file.close()
+        if self.sink is not None:
+            self.sink.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Every complete line; a killed run may leave half of one at the end."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All metric lines of a run folder; ``UserError`` if there are none or one is damaged."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run} is not a run folder: it has no metrics.jsonl")
+    rows = []
+    for number, line in enumerate(_whole_lines(path), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not valid JSON: {error.msg}") from None
+    return rows
+
+
+class _TensorBoard:
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(run / "tensorboard")
+
+    def log(self, kind: str, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Trackio:
+    def __init__(self, run: Path, config: RunConfig) -> None:
+        import trackio
+
+        self.trackio = trackio
+        trackio.init(project="fathom", name=run.name, config=to_dict(config), embed=False)
+
+    def log(self, kind: str, step: int, values: dict[str, float]) -> None:
+        self.trackio.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self.trackio.finish()
+
+
+def _sink(run: Path, config: RunConfig) -> _TensorBoard | _Trackio | None:
+    if config.track == "none":
+        return None
+    try:
+        return _TensorBoard(run) if config.track == "tensorboard" else _Trackio(run, config)
+    except ImportError:
+        raise UserError(f"--track {config.track} needs an extra: pip install 'fathom-attnres[track]'") from None
+
+
+class ProgressLine:
+    """One line that rewrites itself; silent where the stream is not a terminal."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.shown = self.stream.isatty()
+        self.last = 0.0
+
+    def show(self, text: str, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if self.shown and (force or now - self.last > 0.1):
+            self.last = now
+            width = shutil.get_terminal_size().columns - 1
+            self.stream.write("\r\x1b[K" + text[:width])
+            self.stream.flush()
+
+    def clear(self) -> None:
+        if self.shown:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1:15``, ``4000`` as ``1:06:40``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,83 @@
+"""Parameter groups, optimizers and the learning-rate schedule.
+
+| group  | parameters                                  | optimizer       | decayed |
+|--------|---------------------------------------------|-----------------|---------|
+| matrix | sublayers' 2-D weights                      | AdamW or Muon   | yes     |
+| table  | embedding and head                          | AdamW           | yes     |
+| vector | norms                                       | AdamW           | no      |
+| depth  | everything the stream learns: depth queries, key gains | AdamW | no      |
+
+A depth query starts at zero and its size is how decided a read is: decay would pull every read back to a plain mean, and
+orthogonalising a vector would only normalise it. The paper does not say how its queries are trained.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from fathom.train.config import OptimConfig
+
+Groups = dict[str, list[tuple[str, nn.Parameter]]]
+
+
+def parameter_groups(model: nn.Module) -> Groups:
+    """Every parameter once, by group name, in the order of ``named_parameters``."""
+    groups: Groups = {"matrix": [], "table": [], "vector": [], "depth": []}
+    for name, parameter in model.named_parameters():
+        if name.startswith("stream."):
+            group = "depth"
+        elif name in ("embedding.weight", "head.weight"):
+            group = "table"
+        else:
+            group = "matrix" if parameter.ndim == 2 else "vector"
+        groups[group].append((name, parameter))
+    return groups
+
+
+def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, after Muon if the config asks for it; each group keeps its peak rate as ``peak_lr``."""
+    groups = {kind: [p for _, p in members] for kind, members in parameter_groups(model).items()}
+    peak = {"matrix": config.lr, "table": config.lr, "vector": config.lr, "depth": config.depth_lr or config.lr}
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        muon = torch.optim.Muon(
+            groups.pop("matrix"), lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        muon.param_groups[0]["peak_lr"] = config.muon_lr
+        optimizers.append(muon)
+    adamw = [
+        {
+            "params": parameters,
+            "lr": peak[kind],
+            "peak_lr": peak[kind],
+            "weight_decay": config.weight_decay if kind in ("matrix", "table") else 0.0,
+        }
+        for kind, parameters in groups.items()
+        if parameters
+    ]
+    # fused: one pass over each parameter; eps below the default because small models have small gradients.
+    optimizers.append(torch.optim.AdamW(adamw, betas=(config.beta1, config.beta2), eps=1e-10, fused=True))
+    return optimizers
+
+
+def lr_share(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of ``step`` (0-based, of ``steps``) as a share of its peak."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    if config.schedule == "cosine":
+        progress = (step - config.warmup) / max(1, steps - 1 - config.warmup)
+        return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    decay_steps = max(1, round(config.decay_fraction * steps))
+    return 1 - (1 - config.final_lr) * max(0, step + 1 - (steps - decay_steps)) / decay_steps
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+    for group in each_group(optimizers):
+        group["lr"] = group["peak_lr"] * share
+
+
+def each_group(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict]:
+    for optimizer in optimizers:
+        yield from optimizer.param_groups
