@@ -83,11 +83,15 @@ class ModelConfig:
             if value is not None and value < 1:
                 raise UserError(f"model.{name} is {value}: it must be at least 1")
         if self.head_dim is None and self.dim % self.num_heads:
-            raise UserError(f"model.dim {self.dim} is not a multiple of model.num_heads {self.num_heads}; set model.head_dim")
+            raise UserError(
+                f"model.dim {self.dim} is not a multiple of model.num_heads {self.num_heads}; set model.head_dim"
+            )
         if self.num_heads % self.kv_heads:
             raise UserError(f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.kv_heads}")
         if self.head_width % 2:
-            raise UserError(f"the head width is {self.head_width}: rotary positions need an even one; set model.head_dim")
+            raise UserError(
+                f"the head width is {self.head_width}: rotary positions need an even one; set model.head_dim"
+            )
         for name in ("norm_eps", "embedding_std", "head_std"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}: it cannot be negative")

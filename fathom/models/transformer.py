@@ -35,9 +35,7 @@ class Transformer(nn.Module):
         self.config = config
         self.end_of_text = end_of_text
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.sublayers = nn.ModuleList(
-            layer(config) for _ in range(config.num_layers) for layer in (Attention, SwiGLU)
-        )
+        self.sublayers = nn.ModuleList(layer(config) for _ in range(config.num_layers) for layer in (Attention, SwiGLU))
         self.stream = make_stream(config.residual, config.num_sublayers, config.dim)
         self.final_norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)

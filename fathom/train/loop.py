@@ -34,10 +34,10 @@ from fathom.train import checkpoint
 from fathom.train.checkpoint import Progress
 from fathom.train.config import RunConfig, load_config, save_config
 from fathom.train.data import Batches, TokenShards
+from fathom.train.embedded import embedded
 from fathom.train.environment import environment, peak_flops, pick_device
 from fathom.train.metrics import Metrics, ProgressLine, duration
 from fathom.train.optimizers import lr_share, make_optimizers, set_lr
-from fathom.train.prepare import embedded
 
 
 class Diverged(RuntimeError):
@@ -102,7 +102,9 @@ class Trainer:
                 shutil.copy(folder / "tokenizer.json", run / "tokenizer.json")
             recorded = json.loads((run / "data.json").read_text())["corpus_hash"]
             if recorded != shards.corpus_hash:
-                raise UserError(f"{folder} holds another corpus than the one {run} was trained on; give the original data")
+                raise UserError(
+                    f"{folder} holds another corpus than the one {run} was trained on; give the original data"
+                )
             self.metrics = Metrics(run, config, keep_until=self.progress.step)
         except BaseException:
             self.lock.close()
@@ -155,9 +157,7 @@ class Trainer:
         return sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
 
     def save(self) -> Path:
-        return checkpoint.save(
-            self.run, self.progress, self.model, self.optimizers, keep=self.config.keep_checkpoints
-        )
+        return checkpoint.save(self.run, self.progress, self.model, self.optimizers, keep=self.config.keep_checkpoints)
 
     def diverged(self, step: int) -> Diverged:
         """The error for a loss of ``step`` (1-based) that is not finite."""
