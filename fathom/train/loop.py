@@ -67,8 +67,7 @@ def data_folder(config: RunConfig) -> Path:
 class Trainer:
     """A run: model, optimizers, data and folder. ``step`` advances it by one; ``save`` and ``close`` are the caller's.
 
-    With ``resume`` the newest whole checkpoint of ``run`` is loaded (its config must be the given one); without, ``run`` must not
-    exist yet. Raises ``UserError`` for a folder in use, a damaged checkpoint, or data that does not fit.
+    With ``resume`` the newest checkpoint of ``run`` is loaded; without, ``run`` must not exist yet. Raises ``UserError`` for a folder in use, a damaged checkpoint, or data that does not fit.
     """
 
     def __init__(self, config: RunConfig, run: Path, *, resume: bool = False) -> None:
@@ -214,8 +213,8 @@ def _stop_on_signal() -> Iterator[list[int]]:
 def train(config: RunConfig, run: Path, *, resume: bool = False) -> dict[str, Any]:
     """Train ``config`` in folder ``run`` to its last step and return the summary that ``summary.json`` holds.
 
-    Raises ``UserError`` for what the user can mend, ``Diverged`` for a loss that is not finite, and ``Interrupted`` after Ctrl-C or
-    SIGTERM, once the step in progress is done and saved.
+    Raises ``UserError`` for what the user can mend, ``Diverged`` for a loss that is not finite, and ``Interrupted``
+    after Ctrl-C or SIGTERM, once the step in progress is done and saved.
     """
     trainer = Trainer(config, run, resume=resume)
     try:
@@ -266,8 +265,8 @@ def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
             left = (config.steps - step) * (time.perf_counter() - begin) / (step - started)
             use = f"mfu {flops * rates[-1] / peak:.1%}" if peak else f"{rates[-1] / torch.get_num_threads():,.0f}/core"
             line.show(
-                f"{config.model.residual.rule} step {step}/{config.steps}  loss {loss.item():.3f}  val {validation:.3f}  "
-                f"{rates[-1]:,.0f} tokens/s  {use}  {duration(left)} left"
+                f"{config.model.residual.rule} step {step}/{config.steps}  loss {loss.item():.3f}  "
+                f"val {validation:.3f}  {rates[-1]:,.0f} tokens/s  {use}  {duration(left)} left"
             )
         if step % config.eval_every == 0 or last:
             write_pending()

@@ -129,7 +129,7 @@ def build(
         load_tokenizer(options.tokenizer, options.eos)  # a wrong one fails before the work
     if out.exists():
         return _same_dataset(out, options, source)
-    workers = options.workers or len(os.sched_getaffinity(0))
+    workers = options.workers or cores()
     with _staging(out) as folder:
         with _Spool(folder / "text.spool") as spool:
             started = time.monotonic()
@@ -368,11 +368,14 @@ class _Spool:
 
 
 def drop_seen_paragraphs(text: str, seen: set[bytes], at_least: int = 80) -> str:
-    """`text` without its paragraphs of `at_least` characters that are in `seen`; adds the others to it."""
+    """`text` without its paragraphs of `at_least` characters that are in `seen`; adds the others to it.
+
+    Letter case and white space make no difference: the same paragraph is often wrapped anew.
+    """
     kept = []
     for paragraph in text.split("\n\n"):
         if len(paragraph) >= at_least:
-            key = hashlib.blake2b(paragraph.encode(), digest_size=8).digest()
+            key = hashlib.blake2b(" ".join(paragraph.lower().split()).encode(), digest_size=8).digest()
             if key in seen:
                 continue
             seen.add(key)
@@ -416,6 +419,11 @@ class Progress:
             of = f" of {self._total:,.0f}" if self._total else ""
             sys.stderr.write(f"\r\x1b[K{self._what}: {done:,.0f}{of} {self._unit}")
             sys.stderr.flush()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def _since(started: float) -> float:
