@@ -7,8 +7,8 @@
     encode  in threads (both encoders release Python's lock), written in order
 
 The result depends on the text and the options alone: not on the order of files, the number of workers, or whether
-tiktoken is there. All is written to a hidden folder beside OUT that takes OUT's name at the end, so that OUT is complete
-or absent.
+tiktoken is there. All is written to a hidden folder beside OUT, which takes OUT's name at the end: OUT is complete or
+it is absent.
 """
 
 import contextlib
@@ -68,8 +68,8 @@ class PrepareOptions:
     """Share of the documents held out for validation, decided by each document's hash."""
     sample_mb: int = 50
     """Megabytes of training text that the tokenizer learns from."""
-    shard_tokens: int = 1 << 26
-    """Tokens after which a shard ends."""
+    shard_tokens: int = 1 << 22
+    """Tokens after which a shard ends; `fathom data pack --max-tokens` takes whole shards."""
     workers: int = 0
     """Threads and processes; 0 takes every core. The result does not depend on it."""
     cache: Path | None = None
@@ -130,7 +130,7 @@ def build(
     if out.exists():
         return _same_dataset(out, options, source)
     workers = options.workers or cores()
-    with _staging(out) as folder:
+    with staging(out) as folder:
         with _Spool(folder / "text.spool") as spool:
             started = time.monotonic()
             spool.fill(documents, options)
@@ -210,7 +210,7 @@ def _same_dataset(out: Path, options: PrepareOptions, source: Mapping[str, Any])
 
 
 @contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
+def staging(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` that becomes `out` if the body succeeds and vanishes if it fails.
 
     A lock on the folder keeps a second writer out; it goes with the process, so what a killed one left is cleared here.
