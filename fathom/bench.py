@@ -1,8 +1,8 @@
 """The cost of a residual rule: the training step of every rule on one decoder, timed in turns, against PreNorm.
 
 The arms share one config but for the rule. They take turns in one process (A B C D, A B C D, ...), so that whatever
-drifts, a clock or a neighbour, drifts for all. Nothing is timed before a gate has passed: with all depth queries at zero every arm
-must have the loss and the gradients of PreNorm.
+drifts, a clock or a neighbour, drifts for all. Nothing is timed before a gate has passed: with all depth queries at
+zero every arm must have the loss and the gradients of PreNorm.
 """
 
 import datetime
@@ -24,7 +24,8 @@ from fathom.train.environment import environment, pick_device
 from fathom.train.optimizers import make_optimizers
 
 GATE_TOLERANCE = 1e-9
-"""Largest relative difference that the gate lets pass: float64 rounding through some hundred sublayers, far below any wrong term."""
+"""Largest relative difference that the gate lets pass: above float64 rounding through hundreds of sublayers, far below
+any wrong term."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,21 @@ class BenchOptions:
 
 def arms(config: ModelConfig) -> dict[str, ModelConfig]:
     """The configs that are compared, PreNorm first; block sizes, gain and epsilon are those of ``config``."""
-    residual = config.residual
-    blocks = {"num_blocks": residual.num_blocks, "block_size": residual.block_size}
-    whole = replace(residual, num_blocks=None, block_size=None, schedule="two_phase")
+    block = replace(config.residual, rule="block", schedule="two_phase")
     rules: dict[str, ResidualConfig] = {
-        "prenorm": replace(whole, rule="prenorm"),
-        "block": replace(whole, rule="block", **blocks),
-        "block-single-pass": replace(whole, rule="block", schedule="single_pass", **blocks),
-        "full": replace(whole, rule="full"),
+        "prenorm": replace(block, rule="prenorm", num_blocks=None, block_size=None),
+        "block": block,
+        "block-single-pass": replace(block, schedule="single_pass"),
+        "full": replace(block, rule="full", num_blocks=None, block_size=None),
     }
     return {name: replace(config, residual=rule) for name, rule in rules.items()}
 
 
 def gate(config: ModelConfig, device: torch.device) -> float:
-    """The largest relative difference of loss and gradients between the arms at zero queries; ``UserError`` if it is not rounding.
+    """The largest relative difference of loss and gradients to PreNorm's at zero queries.
 
-    In float64, with the norms' epsilon at 0 and a head that is not zero: there the identity is exact (section 5), and the
-    loss depends on every sublayer.
+    In float64, with the norms' epsilon at 0 and a head that is not zero: there the identity is exact (section 5), and
+    the loss depends on every sublayer. Raises ``UserError`` if the difference is more than rounding.
     """
     exact = replace(config, norm_eps=0.0, head_std=1.0, residual=replace(config.residual, eps=0.0))
     tokens = torch.randint(config.vocab_size, (1, min(config.context, 32) + 1), generator=_generator()).to(device)
@@ -118,8 +117,8 @@ def _training_step(config: ModelConfig, options: BenchOptions, device: torch.dev
 def bench(options: BenchOptions) -> dict[str, Any]:
     """Time ``options`` and return the result in the schema of ``benchmarks/results/*/result.json``.
 
-    A row's ``median`` is over the rounds, ``low`` and ``high`` are the fastest and the slowest of them (ms a step), ``n``
-    is their number, and ``over_prenorm`` is the median over rounds of the ratio to PreNorm's time in the same round.
+    A row's ``median`` is over the rounds, ``low`` and ``high`` are the fastest and the slowest of them (ms a step),
+    ``n`` is their number, and ``over_prenorm`` the median over rounds of the ratio to PreNorm's time in the same round.
     Raises ``UserError`` if the gate fails.
     """
     device = pick_device(options.device)

@@ -1,7 +1,7 @@
 """Text from a run: load its newest checkpoint, draw tokens one by one, decode them as they come.
 
-A token is drawn from ``softmax(logits / temperature)``, cut to its ``top_k`` likeliest tokens and then to the fewest of those
-that hold ``top_p`` of the mass, and normalised again.
+A token is drawn from ``softmax(logits / temperature)``, cut to its ``top_k`` likeliest tokens and then to the fewest of
+those that hold ``top_p`` of the mass, and normalised again.
 """
 
 import math
@@ -154,7 +154,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def decode_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of ``tokens`` in pieces, each as early as its bytes are whole characters; joined, they are the plain decoding."""
+    """The text of ``tokens`` in pieces, each as early as its bytes are whole characters.
+
+    Joined, they are the plain decoding, U+FFFD for bytes that make no character included.
+    """
     stream, seen, length = DecodeStream(skip_special_tokens=True), [], 0
     for token in tokens:
         seen.append(token)

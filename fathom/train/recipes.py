@@ -1,4 +1,4 @@
-"""Recipes: named starting points of a run. A recipe is a function that returns a ``RunConfig``; its docstring is its help."""
+"""Recipes: named starting points of a run, each a function that returns a ``RunConfig``; its docstring is its help."""
 
 from collections.abc import Callable
 

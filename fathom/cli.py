@@ -1,0 +1,220 @@
+"""The command `fathom`: finds which command is meant, lets tyro parse its flags, and says what is wrong in one line.
+
+    exit code 0     done
+    exit code 1     a training run diverged
+    exit code 2     a mistake of the user: one line on standard error, never a traceback
+    exit code 130   stopped by Ctrl-C
+
+A bug keeps its traceback. What the commands do is in commands.py, which is imported once one is chosen.
+"""
+
+import contextlib
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from fathom.errors import UserError
+
+
+class Command(NamedTuple):
+    sentence: str
+    example: str
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "Train a small AttnRes decoder and its PreNorm twin on the text inside the package, and compare them.",
+        "fathom quickstart",
+    ),
+    "data prepare": Command(
+        "Turn text, JSON lines, Parquet or the corpus debian-docs into a dataset folder, tokenizer included.",
+        "fathom data prepare notes/ data/notes --vocab-size 4096",
+    ),
+    "data pack": Command(
+        "Put a dataset folder into one compressed file, to carry it elsewhere.",
+        "fathom data pack data/notes notes.fathom",
+    ),
+    "data unpack": Command("Make the dataset folder of a packed file.", "fathom data unpack notes.fathom data/notes"),
+    "data sample": Command("Show documents of a dataset, drawn at random.", "fathom data sample data/notes --count 3"),
+    "train": Command(
+        "Train a recipe into a run folder, any setting changed by its flag, or resume a run.",
+        "fathom train quick --model.residual.rule full --optim.lr 1e-3 --out runs/full",
+    ),
+    "sample": Command(
+        "Continue a text with the model of a run, as it comes.",
+        'fathom sample runs/full --prompt "The state of the Union" --tokens 100',
+    ),
+    "report": Command(
+        "Compare runs in one HTML page: losses, training dynamics, what each layer reads.",
+        "fathom report runs/full runs/quick-prenorm-0 --out report.html",
+    ),
+    "residuals": Command(
+        "List the residual rules: equation, parameters, memory, sources.", "fathom residuals --dim 1024 --layers 24"
+    ),
+    "bench": Command(
+        "Time the training step of every residual rule against PreNorm, in turns, once they agree.",
+        "fathom bench --model.dim 128 --batch 4",
+    ),
+}
+
+
+class UsageError(Exception):
+    """A command line that cannot be parsed. The message is one line, the command's name included."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line (``sys.argv`` if not given) and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    try:
+        code = _run(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        return _fail(str(error))
+    except UserError as error:
+        return _fail(f"fathom: {error}")
+    except BrokenPipeError:
+        # Whoever read our output has left. The interpreter flushes once more at its end: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"fathom: {error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        _fail("fathom: interrupted")
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(" ".join(message.splitlines()), file=sys.stderr)
+    return 2
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_help(COMMANDS))
+        return 0
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"fathom {version('fathom-attnres')}")
+        return 0
+    name, rest = _find(args)
+    if name not in COMMANDS:  # a group of commands, such as data
+        group = {key: command for key, command in COMMANDS.items() if key.startswith(f"{name} ")}
+        if rest and rest[0] in ("-h", "--help"):
+            print(_help(group))
+            return 0
+        words = [key.removeprefix(f"{name} ") for key in group]
+        if not rest:
+            raise UsageError(f"fathom {name}: give one of {', '.join(words)}")
+        raise UsageError(f"fathom {name}: {rest[0]!r} is not a command{_near(rest[0], words)}")
+
+    from fathom import commands
+
+    if name == "train" and (not rest or not rest[0].startswith("-")):
+        from fathom.train.recipes import RECIPES
+
+        if not rest:
+            raise UsageError(f"fathom train: give a recipe ({', '.join(RECIPES)}) or --resume RUN")
+        if rest[0] not in RECIPES:
+            raise UsageError(f"fathom train: {rest[0]!r} is not a recipe{_near(rest[0], RECIPES)}")
+        return _parse(f"fathom train {rest[0]}", name, commands.train(rest[0]), rest[1:])
+    return _parse(f"fathom {name}", name, commands.COMMANDS[name](), rest)
+
+
+def _help(commands: dict[str, Command]) -> str:
+    lines = ["fathom: attention over depth, trained, measured and studied.", ""]
+    for name, command in commands.items():
+        lines += [f"  fathom {name}", f"      {command.sentence}", f"      $ {command.example}"]
+    return "\n".join(
+        [*lines, "", "`fathom COMMAND --help` lists the flags of a command; `fathom --version` its version."]
+    )
+
+
+def _find(args: list[str]) -> tuple[str, list[str]]:
+    """The command (or group of commands) that ``args`` starts with, and the arguments after it."""
+    pair = " ".join(args[:2])
+    if pair in COMMANDS:
+        return pair, args[2:]
+    names = [*COMMANDS, *{name.split()[0] for name in COMMANDS}]
+    if args[0] in names:
+        return args[0], args[1:]
+    kind = "flag" if args[0].startswith("-") else "command"
+    raise UsageError(f"fathom: {args[0]!r} is not a {kind}{_near(args[0], [*names, '--help', '--version'])}")
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    """``; did you mean ...?`` if something known is close, else what there is."""
+    known = list(dict.fromkeys(known))
+    if close := difflib.get_close_matches(word, known, n=1):
+        return f"; did you mean {close[0]}?"
+    return f"; there are {', '.join(known)}" if len(known) <= 5 else "; see --help"
+
+
+def _parse(prog: str, name: str, function: Callable[..., int | None], args: list[str]) -> int:
+    """Let tyro parse ``args`` for ``function`` and call it; a command line that tyro refuses is a ``UsageError``."""
+    import tyro
+
+    # tyro's own way to intercept its errors is private to it: pyproject.toml bounds its version, and the tests that no
+    # message has two lines fail if it changes.
+    from tyro import _errors
+
+    def known_flags() -> set[str]:
+        with contextlib.redirect_stdout(io.StringIO()) as page, contextlib.suppress(SystemExit):
+            tyro.cli(function, prog=prog, args=["--help"])
+        return set(re.findall(r"--[a-z][\w.-]*", page.getvalue()))
+
+    def refuse(event: Any) -> None:
+        if reason := _reason(event, known_flags):
+            raise UsageError(f"fathom {name}: {reason}")
+
+    with _errors.on_parse_error(refuse):
+        try:
+            return tyro.cli(function, prog=prog, args=args) or 0
+        except SystemExit as stop:  # --help, or an error of a kind that `refuse` does not know
+            return stop.code if isinstance(stop.code, int) else 0
+
+
+def _reason(event: Any, known_flags: Callable[[], set[str]]) -> str | None:
+    """What is wrong, from one of the events of tyro._errors; None for a kind that is not known."""
+    from tyro import _errors
+
+    match event:
+        case _errors.UnrecognizedArgs(tokens=[token, *_]) | _errors.MissingArgs(unrecognized_tokens=[token, *_]):
+            flag = token.partition("=")[0]
+            if re.match("-+[A-Za-z]", flag):
+                return f"{flag} is not a flag{_near(flag.replace('_', '-'), known_flags())}"
+            return f"{token!r} is not expected here; see --help"
+        case _errors.MissingArgs():
+            missing = [_flag(context.arg) for context in event.missing_arguments]
+            return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help"
+        case _errors.InvalidChoice():
+            return f"{_flag(event.argument)}: {event.value!r} is not one of {', '.join(event.choices)}"
+        case _errors.BadValue():
+            return f"{_flag(event.argument)}: its value is missing"
+        case _errors.InstantiationFailure(argument=argument):
+            if argument is None:
+                return event.message
+            # Python says `could not convert string to float: 'fast'`, and tyro ends with that for unions too.
+            value = event.message.rsplit(": ", 1)[-1]
+            kind = str(argument.lowered.metavar).replace("{None}|", "").lower().strip("[]")
+            return f"{_flag(argument)}: {value} is not {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    return None
+
+
+def _flag(argument: Any) -> str:
+    """``--optim.lr``, or ``RUN`` for a positional argument."""
+    if argument.is_positional():
+        return str(argument.lowered.metavar)
+    return str(argument.lowered.name_or_flags[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
