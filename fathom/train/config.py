@@ -37,7 +37,7 @@ class OptimConfig:
     muon_lr: float = 0.02
     """Peak learning rate of Muon's matrices (scaled to match AdamW's update size)."""
     depth_lr: float | None = None
-    """Peak learning rate of depth queries and key gains; `lr` if not given."""
+    """Peak learning rate of depth queries and key gains; 0.128 / D if not given (optimizers.py says why)."""
     beta1: float = 0.9
     """AdamW's decay of the gradient's mean."""
     beta2: float = 0.95

@@ -84,7 +84,7 @@ class Trainer:
         torch.use_deterministic_algorithms(config.deterministic)
         self.model = Transformer(config.model, seed=config.seed, end_of_text=shards.eos_id).to(self.device)
         self.num_parameters = assert_parameters(self.model)
-        self.optimizers = make_optimizers(self.model, config.optim)
+        self.optimizers = make_optimizers(self.model, config.optim, config.model.dim)
         self.loss_function = torch.compile(self.model.loss) if config.compile else self.model.loss
         self.progress = Progress(step=0, consumed=0, end_of_text=shards.eos_id)
 
