@@ -137,9 +137,15 @@ def test_one_block_is_the_residual_sum_beside_the_embedding():
     torch.testing.assert_close(run(stream, sublayers, embedding), h, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("make", [lambda: FullAttnRes(L, D, eps=0.0), lambda: FullAttnRes(L, D, eps=0.0, chunk=1),
-                                  *(lambda s=s: BlockAttnRes(L, D, block_size=s, eps=0.0) for s in (1, 2, 4, 6)),
-                                  lambda: BlockAttnRes(L, D, block_size=2, eps=0.0, schedule="single_pass")])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FullAttnRes(L, D, eps=0.0),
+        lambda: FullAttnRes(L, D, eps=0.0, chunk=1),
+        *(lambda s=s: BlockAttnRes(L, D, block_size=s, eps=0.0) for s in (1, 2, 4, 6)),
+        lambda: BlockAttnRes(L, D, block_size=2, eps=0.0, schedule="single_pass"),
+    ],
+)
 def test_zero_queries_are_prenorm_with_epsilon_zero(make):
     """At zero queries every read is the mean of the sources; all that follows is scale invariant (spec: section 5)."""
     stream, prenorm, sublayers = make().double(), PreNorm(L, D), network()

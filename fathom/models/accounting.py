@@ -71,8 +71,8 @@ def activation_bytes(
 ) -> dict[str, int]:
     """Bytes that one eager forward pass of ``loss`` keeps for its backward pass, by part.
 
-    Counted, not estimated: the pass runs on fake tensors (shapes without data, so any size fits) and every distinct storage that autograd
-    saves is added once, to the part that saved it first. Parameters and their casts are not activations; casts of them that
+    Counted, not estimated: the pass runs on fake tensors (shapes without data, so any size fits) and every distinct storage
+    that autograd saves is added once, to the part that saved it first. Parameters and their casts are not activations; casts of them that
     autocast saves are listed as ``weight casts``. ``device`` matters: kernels differ in what they save.
     """
     rows: dict[str, int] = defaultdict(int)

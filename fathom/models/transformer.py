@@ -1,7 +1,7 @@
 """A decoder-only transformer over any residual rule: embedding, the one loop, head."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
             embedding = embedding.to(torch.get_autocast_dtype(embedding.device.type))
         state = self.stream.start(embedding)
         for site, sublayer in enumerate(self.sublayers):
-            x, state = self.stream.read(state, site, sublayer.norm)
+            x, state = self.stream.read(state, site, cast(RMSNorm, sublayer.norm))
             output = sublayer(x, context)
             if observe is not None:
                 observe(site, state, output)
@@ -102,15 +102,15 @@ class Transformer(nn.Module):
 def initialize(model: Transformer, seed: int) -> None:
     """The whole initialisation.
 
-    | parameter                              | value                              | why                                          |
-    |----------------------------------------|------------------------------------|----------------------------------------------|
-    | embedding (untied)                     | N(0, embedding_std²)               | the first sublayer's output must not drown it |
-    | embedding (tied)                       | N(0, 1/D)                          | it is the head too: logits of order one      |
-    | qkv, gate_up                           | N(0, 1/fan_in)                     | keeps unit variance                          |
-    | out, down (write to the stream)        | N(0, 1/(fan_in · L))               | L of them add up to about unit variance      |
-    | head (untied)                          | N(0, head_std²/D)                  | 0: the first prediction is uniform           |
-    | norms, key gains                       | 1                                  |                                              |
-    | depth queries                          | 0                                  | AttnRes starts as its PreNorm twin (paper §5) |
+    | parameter                       | value                | why                                             |
+    |---------------------------------|----------------------|-------------------------------------------------|
+    | embedding (untied)              | N(0, embedding_std²) | 1: sublayers must not drown it; starves at 0.05 |
+    | embedding (tied)                | N(0, 1/D)            | it is the head too: logits of order one         |
+    | qkv, gate_up                    | N(0, 1/fan_in)       | keeps unit variance                             |
+    | out, down (write to the stream) | N(0, 1/(fan_in · L)) | L of them add up to about unit variance         |
+    | head (untied)                   | N(0, head_std²/D)    | 0: the first prediction is uniform              |
+    | norms, key gains                | 1                    |                                                 |
+    | depth queries                   | 0                    | AttnRes starts as its PreNorm twin (section 5)  |
 
     Random numbers are drawn in the order of ``named_parameters`` and the stream draws none, so twins share their weights.
     """

@@ -1,4 +1,4 @@
-"""A training run as a typed, frozen value: the command line sets it, ``config.json`` keeps it, ``load_config`` brings it back."""
+"""A training run as a typed, frozen value: flags set it, ``config.json`` keeps it, ``load_config`` brings it back."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ class RunConfig:
     compile: bool = False
     """torch.compile the loss: slow to start, faster after."""
     deterministic: bool = False
-    """Ask torch for deterministic GPU kernels, so that a resumed run equals an unbroken one bit for bit (a CPU run always does)."""
+    """Deterministic GPU kernels, so that a resumed run equals an unbroken one bit for bit (a CPU run always does)."""
     eval_every: int = 50
     """Steps between validations; the last step always validates."""
     eval_sequences: int = 64

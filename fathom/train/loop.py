@@ -65,7 +65,7 @@ def data_folder(config: RunConfig) -> Path:
 
 
 class Trainer:
-    """A run: model, optimizers, data and folder. ``step`` advances it by one; ``save`` and ``close`` are the caller's.
+    """A run: model, optimizers, data and folder. ``step`` advances it; ``record``, ``save`` and ``close`` are the caller's.
 
     With ``resume`` the newest checkpoint of ``run`` is loaded; without, ``run`` must not exist yet. Raises ``UserError`` for a folder in use, a damaged checkpoint, or data that does not fit.
     """
@@ -84,7 +84,7 @@ class Trainer:
         torch.use_deterministic_algorithms(config.deterministic)
         self.model = Transformer(config.model, seed=config.seed, end_of_text=shards.eos_id).to(self.device)
         self.num_parameters = assert_parameters(self.model)
-        self.optimizers = make_optimizers(self.model, config.optim, config.model.dim)
+        self.optimizers = make_optimizers(self.model, config.optim)
         self.loss_function = torch.compile(self.model.loss) if config.compile else self.model.loss
         self.progress = Progress(step=0, consumed=0, end_of_text=shards.eos_id)
 
@@ -111,6 +111,10 @@ class Trainer:
         count = min(config.eval_sequences, held_out.num_sequences)
         self.validation = [self._tensors(held_out, first, min(8, count - first)) for first in range(0, count, 8)]
         self.tokens_per_step = config.data.batch * config.model.context
+        self.flops_per_token = 3 * sum(flops_per_token(config.model, config.model.context).values())
+        self.peak = peak_flops(self.device)
+        self.rates: list[float] = []
+        self.validation_loss = math.nan
 
     def _load_newest(self) -> None:
         found = checkpoint.checkpoints(self.run)
@@ -148,17 +152,56 @@ class Trainer:
         )
         return StepResult(total, grad_norm, self.config.optim.lr * share)
 
+    def record(self, results: list[tuple[int, StepResult]], seconds: float) -> None:
+        """Write the metrics of finished steps that took ``seconds`` each; raises ``Diverged`` at the first loss that is not finite."""
+        rate = self.tokens_per_step / seconds
+        for step, result in results:
+            loss = result.loss.item()
+            if not math.isfinite(loss):
+                raise self._diverged(step)
+            self.rates.append(rate)
+            self.metrics.write(
+                "train", step, loss=loss, grad_norm=result.grad_norm.item(), lr=result.lr,
+                tokens=step * self.tokens_per_step, step_seconds=seconds, tokens_per_second=rate, mfu=self.mfu(rate),
+            )  # fmt: skip
+
+    def mfu(self, rate: float) -> float | None:
+        """Model FLOPs utilisation at ``rate`` tokens per second; None where the peak is not known."""
+        return None if self.peak is None else self.flops_per_token * rate / self.peak
+
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss on the validation sequences, nats per token."""
+        """Mean loss on the validation sequences, nats per token; also written to the metrics."""
         with self._autocast():
             losses = [(self.loss_function(inputs, targets), len(inputs)) for inputs, targets in self.validation]
-        return sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
+        loss = sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
+        step = self.progress.step
+        self.metrics.write("val", step, loss=loss, tokens=step * self.tokens_per_step)
+        self.validation_loss = loss
+        return loss
+
+    def summarize(self, seconds: float) -> dict[str, Any]:
+        """Write and return ``summary.json``; ``seconds`` is how long this process trained."""
+        if math.isnan(self.validation_loss):
+            self.validate()
+        on_gpu = self.device.type == "cuda"
+        summary = {
+            "rule": self.config.model.residual.rule,
+            "steps": self.progress.step,
+            "tokens": self.progress.step * self.tokens_per_step,
+            "parameters": self.num_parameters,
+            "val_loss": self.validation_loss,
+            "tokens_per_second": statistics.median(self.rates) if self.rates else None,
+            "seconds": seconds,
+            "peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
+        }
+        (self.run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
 
     def save(self) -> Path:
         return checkpoint.save(self.run, self.progress, self.model, self.optimizers, keep=self.config.keep_checkpoints)
 
-    def diverged(self, step: int) -> Diverged:
+    def _diverged(self, step: int) -> Diverged:
         """The error for a loss of ``step`` (1-based) that is not finite."""
         first = (step - 1) * self.config.data.batch
         earlier = checkpoint.checkpoints(self.run)
@@ -193,7 +236,7 @@ def _claim(run: Path, *, resume: bool) -> TextIO:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
+def stop_on_signal() -> Iterator[list[int]]:
     """Collect the first Ctrl-C or SIGTERM instead of dying of it; a second one is immediate."""
     received: list[int] = []
 
@@ -218,7 +261,7 @@ def train(config: RunConfig, run: Path, *, resume: bool = False) -> dict[str, An
     """
     trainer = Trainer(config, run, resume=resume)
     try:
-        with _stop_on_signal() as stop:
+        with stop_on_signal() as stop:
             return _drive(trainer, stop)
     finally:
         trainer.close()
@@ -231,72 +274,49 @@ def resume(run: Path) -> dict[str, Any]:
 
 def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
     config, line = trainer.config, ProgressLine()
-    flops = 3 * sum(flops_per_token(config.model, config.model.context).values())
-    peak = peak_flops(trainer.device)
     pending: list[tuple[int, StepResult]] = []
-    rates: list[float] = []
-    validation = math.nan
     begin = mark = time.perf_counter()
     started = trainer.progress.step
 
-    def write_pending() -> None:
+    def record() -> None:
+        """Losses stay on the device until now, so that a GPU is not made to wait at every step."""
         nonlocal mark
-        for step, result in pending:
-            if not math.isfinite(result.loss.item()):
-                raise trainer.diverged(step)
-        seconds = (time.perf_counter() - mark) / max(1, len(pending))
-        for step, result in pending:
-            rates.append(trainer.tokens_per_step / seconds)
-            trainer.metrics.write(
-                "train", step, loss=result.loss.item(), grad_norm=result.grad_norm.item(), lr=result.lr,
-                tokens=step * trainer.tokens_per_step, step_seconds=seconds, tokens_per_second=rates[-1],
-                mfu=None if peak is None else flops * rates[-1] / peak,
-            )  # fmt: skip
-        pending.clear()
+        if pending:
+            _wait(trainer.device)
+            trainer.record(pending, (time.perf_counter() - mark) / len(pending))
+            pending.clear()
         mark = time.perf_counter()
 
     while trainer.progress.step < config.steps:
-        pending.append((trainer.progress.step + 1, trainer.step()))
+        result = trainer.step()
         step = trainer.progress.step
+        pending.append((step, result))
         last = step == config.steps
-        if len(pending) == config.log_every or last or step == started + 1:
-            loss = pending[-1][1].loss
-            write_pending()
+        evaluate = step % config.eval_every == 0 or last
+        save = step % config.checkpoint_every == 0 or last or bool(stop)
+        # The first step of a process compiles and warms up: it gets a line of its own.
+        if len(pending) == config.log_every or step == started + 1 or evaluate or save:
+            record()
             left = (config.steps - step) * (time.perf_counter() - begin) / (step - started)
-            use = f"mfu {flops * rates[-1] / peak:.1%}" if peak else f"{rates[-1] / torch.get_num_threads():,.0f}/core"
+            use = trainer.mfu(trainer.rates[-1])
+            share = f"{trainer.rates[-1] / torch.get_num_threads():,.0f}/core" if use is None else f"mfu {use:.1%}"
             line.show(
-                f"{config.model.residual.rule} step {step}/{config.steps}  loss {loss.item():.3f}  "
-                f"val {validation:.3f}  {rates[-1]:,.0f} tokens/s  {use}  {duration(left)} left"
+                f"{config.model.residual.rule} step {step}/{config.steps}  loss {result.loss.item():.3f}  "
+                f"val {trainer.validation_loss:.3f}  {trainer.rates[-1]:,.0f} tokens/s  {share}  {duration(left)} left"
             )
-        if step % config.eval_every == 0 or last:
-            write_pending()
-            validation = trainer.validate()
-            trainer.metrics.write("val", step, loss=validation, tokens=step * trainer.tokens_per_step)
-            mark = time.perf_counter()
-        if step % config.checkpoint_every == 0 or last or stop:
-            write_pending()
+        if evaluate:
+            trainer.validate()
+        if save:
             saved = trainer.save()
-            mark = time.perf_counter()
             if stop and not last:
                 line.clear()
                 raise Interrupted(f"stopped after step {step}; saved {saved}")
+        if evaluate or save:
+            mark = time.perf_counter()
     line.clear()
-    return summarize(trainer, validation, rates, time.perf_counter() - begin)
+    return trainer.summarize(time.perf_counter() - begin)
 
 
-def summarize(trainer: Trainer, validation: float, rates: list[float], seconds: float) -> dict[str, Any]:
-    """Write and return ``summary.json``."""
-    if math.isnan(validation):
-        validation = trainer.validate()
-    summary = {
-        "rule": trainer.config.model.residual.rule,
-        "steps": trainer.progress.step,
-        "tokens": trainer.progress.step * trainer.tokens_per_step,
-        "parameters": trainer.num_parameters,
-        "val_loss": validation,
-        "tokens_per_second": statistics.median(rates) if rates else None,
-        "seconds": seconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else None,
-    }
-    (trainer.run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -9,9 +9,9 @@
 
 A depth query starts at zero and its size is how decided a read is: decay would pull every read back to a plain mean, and
 orthogonalising a vector would only normalise it. The paper does not say how its queries are trained. Adam moves every
-coordinate by about the learning rate, and a key has norm sqrt(D) with all coordinates of order one, so one step can move a
-score by lr · D: the rate must fall as 1/D, as for any read-out vector (muP), whatever the rate of the matrices is. At D = 64
-the matrices like 1.6e-2, and queries at that rate cost Block its whole gain (docs/log.md, 2026-11-22).
+coordinate by about the learning rate, and a key has norm sqrt(D) with all coordinates of order one, so one step can move
+a score by lr · D: the rate must fall as 1/D, as for any read-out vector (muP), whatever the rate of the matrices is. At
+D = 64 the matrices like 1.6e-2, and queries at that rate cost Block its whole gain (docs/log.md, 2026-11-22).
 """
 
 import math
@@ -41,11 +41,12 @@ def parameter_groups(model: nn.Module) -> Groups:
     return groups
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig, dim: int) -> list[torch.optim.Optimizer]:
-    """AdamW, after Muon if the config asks for it, for a model of width ``dim``; each group keeps its peak rate as ``peak_lr``."""
+def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, after Muon if the config asks for it; each group keeps its peak rate as ``peak_lr``."""
     groups = {kind: [p for _, p in members] for kind, members in parameter_groups(model).items()}
-    depth_lr = config.depth_lr or DEPTH_LR_TIMES_DIM / dim
-    peak = {"matrix": config.lr, "table": config.lr, "vector": config.lr, "depth": depth_lr}
+    peak = {"matrix": config.lr, "table": config.lr, "vector": config.lr, "depth": config.depth_lr or config.lr}
+    if config.depth_lr is None and groups["depth"]:
+        peak["depth"] = DEPTH_LR_TIMES_DIM / groups["depth"][0].shape[-1]
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         muon = torch.optim.Muon(
