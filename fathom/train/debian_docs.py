@@ -174,7 +174,7 @@ def extract(deb: Path) -> tuple[str | None, list[tuple[str, str]]]:
                     readable = member.isfile() and member.size <= MAX_FILE and not _UNREAD.search(f"/{name}")
                     if readable and (to_text := reader(name)) is not None:
                         file = tar.extractfile(member)
-                        text = to_text(_unpacked(file.read(), name) if file else b"")
+                        text = without_symbol_lists(to_text(_unpacked(file.read(), name) if file else b""))
                         if is_prose(text):
                             texts[name] = text
         except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
@@ -193,7 +193,8 @@ def extract(deb: Path) -> tuple[str | None, list[tuple[str, str]]]:
 
 def reader(name: str) -> Callable[[bytes], str] | None:
     """What turns the file of this path into text, judged by the path alone; None for a kind that is not read."""
-    suffix = Path(re.sub(r"\.(gz|bz2)$", "", name)).suffix.lower()
+    name = re.sub(r"\.(gz|bz2)$", "", name)
+    suffix = Path(name).suffix.lower()
     if suffix in (".html", ".htm", ".xhtml") or (suffix == ".page" and "/C/" in name):
         return html_text
     if _MAN.search(f"/{name}"):
@@ -202,7 +203,9 @@ def reader(name: str) -> Callable[[bytes], str] | None:
         return lambda data: info_text(data.decode("utf-8", "replace"))
     if "/games/fortunes/" in name:
         return lambda data: plain_text(data.decode("utf-8", "replace").replace("\n%\n", "\n\n"))
-    if suffix in (".txt", ".md", ".dz"):
+    if suffix == ".dz":  # dictionaries name the source of a sense on a line of its own
+        return lambda data: plain_text(re.sub(r"\n *\[[^]\n]{2,40}\](?=\n)", "", data.decode("utf-8", "replace")))
+    if suffix in (".txt", ".md"):
         return lambda data: plain_text(data.decode("utf-8", "replace"))
     return None
 
@@ -211,6 +214,24 @@ def _unpacked(data: bytes, name: str) -> bytes:
     if name.endswith(".bz2"):
         return bz2.decompress(data)
     return gzip.decompress(data) if name.endswith((".gz", ".dz")) else data
+
+
+def without_symbol_lists(text: str, longest: int = 5) -> str:
+    """`text` without runs of more than `longest` one-line paragraphs that are no sentences: indexes, member lists, menus."""
+    kept: list[str] = []
+    bare = 0
+    for paragraph in text.split("\n\n"):
+        kept.append(paragraph)
+        short = len(paragraph) < 160 and "\n" not in paragraph and not paragraph.endswith((".", "?", "!"))
+        if short and sum(word in _STOP_WORDS for word in _WORD.findall(paragraph.lower())) < 2:
+            bare += 1
+            continue
+        if bare > longest:
+            del kept[-1 - bare : -1]
+        bare = 0
+    if bare > longest:
+        del kept[-bare:]
+    return "\n\n".join(kept)
 
 
 def keep(text: str, seen: set[bytes]) -> Iterator[str]:

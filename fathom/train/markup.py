@@ -29,7 +29,8 @@ _PRE_SPACE, _PRE_LINE = "\x1e", "\x1f"
 
 _BUTTONS = re.compile(
     r"^(?:Edit on Git\w+|On this page|Edit this page|Show Source|Run|Expand description|Copy|\[?source\]?|Next|Previous"
-    r"|Prev|Up|Home|Top|Contents|Index|Table of Contents|Back to top|Help|Search|Skip to content)\n\n+",
+    r"|Prev|Up|Home|Top|Contents|Index|Table of Contents|Back to top|Help|Search|Skip to content|See also"
+    r"|Definition at line \d+ of file .*|Definition in file .*|Source position: .*)\n\n+",
     re.MULTILINE,
 )
 
@@ -111,10 +112,10 @@ def man_text(text: str) -> str:
                 out.append(" ".join(words))
             case "BR" | "RB" | "IR" | "RI" | "BI" | "IB":
                 out.append("".join(words))
-            case "nf" | "EX" | "Bd":
+            case "nf" | "EX" | "Bd" | "Vb" | "CS":
                 filled = False
                 out += ["", "\x00"]
-            case "fi" | "EE" | "Ed":
+            case "fi" | "EE" | "Ed" | "Ve" | "CE":
                 filled = True
                 out += ["\x01", ""]
             case "br" if filled:

@@ -140,7 +140,7 @@ def build(
                 tokenizer, eos_id = train_tokenizer(spool.texts("train", options.sample_mb * 10**6), options.vocab_size)
             else:
                 tokenizer, eos_id = load_tokenizer(options.tokenizer, options.eos)
-            tokenizer.save(str(folder / TOKENIZER))
+            (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
             _log.info("tokenizer: %d tokens, %.1f s", tokenizer.get_vocab_size(), _since(started))
             started = time.monotonic()
             dtype: DType = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
@@ -379,7 +379,7 @@ def drop_seen_paragraphs(text: str, seen: set[bytes], at_least: int = 80) -> str
             if key in seen:
                 continue
             seen.add(key)
-        kept.append(paragraph)
+        kept.append(paragraph.strip("\n"))
     return "\n\n".join(kept).strip("\n")
 
 
