@@ -9,6 +9,7 @@ ids compress to about 6 bits with literal contexts chosen for 2-byte numbers (lc
 with xz's defaults. With a size limit the file is cut into NAME.part00, NAME.part01, ..., which `unpack` joins.
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -105,7 +106,7 @@ def unpack(file: Path, out: Path) -> Manifest:
     if not file.is_file():
         raise UserError(f"{file} does not exist")
     try:
-        with lzma.open(cast(IO[bytes], _Joined(parts))) as stream:
+        with contextlib.closing(_Joined(parts)) as joined, lzma.open(cast(IO[bytes], joined)) as stream:
             if stream.read(len(_MAGIC)) != _MAGIC:
                 raise UserError(f"{file} is no packed dataset; make one with `fathom data pack`")
             header = json.loads(_exactly(stream, int.from_bytes(_exactly(stream, 8), "little")))
@@ -149,6 +150,9 @@ class _Joined:
                 return b""
             self._file = following.open("rb")
         return data
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _exactly(stream: IO[bytes], size: int) -> bytes:
