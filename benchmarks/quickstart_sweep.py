@@ -1,8 +1,8 @@
 """Find the quick start's learning rates: PreNorm and Block tuned over the same grid, several runs packed on one machine.
 
-    python benchmarks/quickstart_sweep.py --out OUT --gpu-workers 8 --cpu-workers 8 --minutes 5 --stage grid
+    python benchmarks/quickstart_sweep.py seeds --out OUT --gpu-workers 12 --minutes 5
 
-Every finished run appends its config and validation loss to OUT/runs.jsonl; runs still going when the time is up are dropped.
+Every finished run appends its config and validation loss to OUT/runs.jsonl; runs that are not done in time are dropped.
 """
 
 import argparse
@@ -40,16 +40,37 @@ def config(rule: str, layers: int, steps: int, lr: float, seed: int = 0, **optio
     )
 
 
-def grid() -> list[Run]:
+def explore() -> list[Run]:
+    """Depth, embedding scale, learning rate and optimizer, with the depth queries at the rate of the matrices."""
     runs: list[Run] = []
     for (layers, steps), std, lr, rule in product(
         [(12, 550), (16, 420)], [0.3, 1.0, 0.05], [4e-3, 8e-3, 2e-3, 1.6e-2], ["prenorm", "block"]
     ):
-        runs.append((f"{layers}L std{std}", config(rule, layers, steps, lr, model={"embedding_std": std})))
+        options = {"model": {"embedding_std": std}, "depth_lr": lr}
+        runs.append((f"{layers}L std{std}", config(rule, layers, steps, lr, **options)))
     for muon_lr, rule in product([0.01, 0.02, 0.04], ["prenorm", "block"]):
-        options = {"optimizer": "muon", "muon_lr": muon_lr, "model": {"embedding_std": 0.3}}
-        runs.insert(16, ("12L muon", config(rule, 12, 550, 8e-3, **options)))
+        options = {"optimizer": "muon", "muon_lr": muon_lr, "model": {"embedding_std": 0.3}, "depth_lr": 8e-3}
+        runs.append(("12L muon", config(rule, 12, 550, 8e-3, **options)))
     return runs
+
+
+def depth() -> list[Run]:
+    """The depth queries' own rate beside the matrices'."""
+    return [
+        ("depth_lr", config("block", 12, 550, lr, depth_lr=depth_lr))
+        for lr, depth_lr in product([8e-3, 1.6e-2, 2.4e-2], [5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
+    ]
+
+
+def seeds() -> list[Run]:
+    """The quick start's own configuration: both rules over the same learning rates, three seeds each."""
+    return [
+        ("seeds", config(rule, 12, 550, lr, seed))
+        for lr, seed, rule in product([1.6e-2, 1.2e-2, 2.4e-2, 8e-3], [0, 1, 2], ["prenorm", "block"])
+    ]
+
+
+GRIDS = {"explore": explore, "depth": depth, "seeds": seeds}
 
 
 def worker(device: str, threads: int, tasks: Any, results: Any) -> None:
@@ -76,11 +97,11 @@ def worker(device: str, threads: int, tasks: Any, results: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("grid", choices=GRIDS, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpu-workers", type=int, default=0)
     parser.add_argument("--cpu-workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--runs", type=Path, help="a JSON list of [label, config] instead of the grid")
     options = parser.parse_args()
     from fathom.train.embedded import embedded
 
@@ -88,11 +109,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
-    if options.runs:
-        for label, values in json.loads(options.runs.read_text()):
-            tasks.put((label, values))
-    else:
-        for label, run in grid():
+    for name in options.grid:
+        for label, run in GRIDS[name]():
             tasks.put((label, to_dict(run)))
     devices = ["cuda"] * options.gpu_workers + ["cpu"] * options.cpu_workers
     workers = [context.Process(target=worker, args=(d, 1, tasks, results), daemon=True) for d in devices]

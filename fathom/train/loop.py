@@ -67,7 +67,8 @@ def data_folder(config: RunConfig) -> Path:
 class Trainer:
     """A run: model, optimizers, data and folder. ``step`` advances it; ``record``, ``save`` and ``close`` are the caller's.
 
-    With ``resume`` the newest checkpoint of ``run`` is loaded; without, ``run`` must not exist yet. Raises ``UserError`` for a folder in use, a damaged checkpoint, or data that does not fit.
+    With ``resume`` the newest checkpoint of ``run`` is loaded; without, ``run`` must not exist yet. Raises ``UserError``
+    for a folder in use, a damaged checkpoint, or data that does not fit.
     """
 
     def __init__(self, config: RunConfig, run: Path, *, resume: bool = False) -> None:
@@ -153,7 +154,7 @@ class Trainer:
         return StepResult(total, grad_norm, self.config.optim.lr * share)
 
     def record(self, results: list[tuple[int, StepResult]], seconds: float) -> None:
-        """Write the metrics of finished steps that took ``seconds`` each; raises ``Diverged`` at the first loss that is not finite."""
+        """Write the metrics of steps that took ``seconds`` each; ``Diverged`` at the first loss that is not finite."""
         rate = self.tokens_per_step / seconds
         for step, result in results:
             loss = result.loss.item()

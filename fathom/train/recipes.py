@@ -1,23 +1,25 @@
 """Recipes: named starting points of a run, each a function that returns a ``RunConfig``; its docstring is its help."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from fathom.models.config import ModelConfig
+from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.train.config import DataConfig, OptimConfig, RunConfig
 
 
 def quick() -> RunConfig:
     """A small decoder on the text inside the package: minutes on a laptop's CPU, no data to fetch."""
-    return RunConfig()
+    return RunConfig(model=ModelConfig(dim=64, num_layers=12, num_heads=2), optim=OptimConfig(lr=1.6e-2), steps=550)
 
 
 def debian_50m() -> RunConfig:
     """24 decoder layers of width 384 on the Debian documentation (`fathom data prepare debian-docs`), for one GPU."""
     return RunConfig(
         model=ModelConfig(context=1024, dim=384, num_layers=24, num_heads=6),
-        data=DataConfig(folder="data/debian-docs", batch=32),
-        optim=OptimConfig(lr=2e-3, warmup=200),
-        steps=2000,
+        data=DataConfig(folder="data/debian-docs", batch=64),
+        optim=OptimConfig(lr=3e-3, warmup=100),
+        steps=700,
+        eval_every=100,
         precision="bf16",
         compile=True,
         log_every=10,
@@ -25,3 +27,11 @@ def debian_50m() -> RunConfig:
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {"quick": quick, "debian-50m": debian_50m}
+
+RULES = ("prenorm", "block")
+
+
+def twin(config: RunConfig, rule: str) -> RunConfig:
+    """``config`` under another rule, all else equal: PreNorm, or Block AttnRes with N = 8."""
+    residual = ResidualConfig(rule="prenorm") if rule == "prenorm" else ResidualConfig(rule="block", num_blocks=8)
+    return replace(config, model=replace(config.model, residual=residual))

@@ -1,0 +1,34 @@
+"""Train PreNorm and Block AttnRes twins from one recipe, one after the other, and write their report.
+
+python benchmarks/twins.py debian-50m --data data/debian-docs --out OUT
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from fathom.lab.dynamics import write_depth
+from fathom.train.loop import train
+from fathom.train.recipes import RECIPES, RULES, twin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=RECIPES)
+    parser.add_argument("--data", default=None, help="a dataset folder, instead of the recipe's")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=None)
+    options = parser.parse_args()
+    config = RECIPES[options.recipe]()
+    config = replace(config, steps=options.steps or config.steps)
+    if options.data:
+        config = replace(config, data=replace(config.data, folder=options.data))
+    for rule in RULES:
+        run = options.out / rule
+        print(json.dumps(train(twin(config, rule), run)), flush=True)
+        write_depth(run)
+
+
+if __name__ == "__main__":
+    main()
