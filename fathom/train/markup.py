@@ -1,7 +1,8 @@
 """Documentation formats to plain text: HTML, manual pages (roff), info, and text with its terminal tricks.
 
-Paragraphs come out separated by a blank line, list items and table rows by a line end, and preformatted text keeps its
-lines. Each function takes one file's text and gives text; what is navigation, not prose, goes.
+Paragraphs come out separated by a blank line, list items and table rows by a line end (a blank line where their tags
+are closed), and preformatted text keeps its lines. Each function takes one file's text and gives text; what is
+navigation, not prose, goes.
 """
 
 import re

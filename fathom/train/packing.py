@@ -129,7 +129,7 @@ def unpack(file: Path, out: Path) -> Manifest:
                 manifest.save(folder)
     except UserError:
         raise
-    except (lzma.LZMAError, EOFError, ValueError, KeyError) as error:
+    except (lzma.LZMAError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged or incomplete ({error}); copy it again, with all its parts") from None
     return manifest
 
