@@ -5,7 +5,7 @@
     exit code 2     a mistake of the user: one line on standard error, never a traceback
     exit code 130   stopped by Ctrl-C
 
-A bug keeps its traceback. What the commands do is in commands.py, which is imported once one is chosen.
+A bug keeps its traceback. What the commands do is in commands/, which is imported once one is chosen.
 """
 
 import contextlib
@@ -117,6 +117,7 @@ def _run(args: list[str]) -> int:
         raise UsageError(f"fathom {name}: {rest[0]!r} is not a command{_near(rest[0], words)}")
 
     from fathom import commands
+    from fathom.commands import runs
 
     if name == "train" and (not rest or not rest[0].startswith("-")):
         from fathom.train.recipes import RECIPES
@@ -125,7 +126,7 @@ def _run(args: list[str]) -> int:
             raise UsageError(f"fathom train: give a recipe ({', '.join(RECIPES)}) or --resume RUN")
         if rest[0] not in RECIPES:
             raise UsageError(f"fathom train: {rest[0]!r} is not a recipe{_near(rest[0], RECIPES)}")
-        return _parse(f"fathom train {rest[0]}", name, commands.train(rest[0]), rest[1:])
+        return _parse(f"fathom train {rest[0]}", name, runs.train(rest[0]), rest[1:])
     return _parse(f"fathom {name}", name, commands.COMMANDS[name](), rest)
 
 
@@ -162,13 +163,15 @@ def _parse(prog: str, name: str, function: Callable[..., int | None], args: list
     """Let tyro parse ``args`` for ``function`` and call it; a command line that tyro refuses is a ``UsageError``."""
     import tyro
 
-    # tyro's own way to intercept its errors is private to it: pyproject.toml bounds its version, and the tests that no
-    # message has two lines fail if it changes.
+    # tyro's way to intercept its errors is private to it: pyproject.toml bounds its version, and tests hold the messages.
     from tyro import _errors
+    from tyro.conf import PositionalMetavarFromFieldName
+
+    config = (PositionalMetavarFromFieldName,)
 
     def known_flags() -> set[str]:
         with contextlib.redirect_stdout(io.StringIO()) as page, contextlib.suppress(SystemExit):
-            tyro.cli(function, prog=prog, args=["--help"])
+            tyro.cli(function, prog=prog, args=["--help"], config=config)
         return set(re.findall(r"--[a-z][\w.-]*", page.getvalue()))
 
     def refuse(event: Any) -> None:
@@ -177,7 +180,7 @@ def _parse(prog: str, name: str, function: Callable[..., int | None], args: list
 
     with _errors.on_parse_error(refuse):
         try:
-            return tyro.cli(function, prog=prog, args=args) or 0
+            return tyro.cli(function, prog=prog, args=args, config=config) or 0
         except SystemExit as stop:  # --help, or an error of a kind that `refuse` does not know
             return stop.code if isinstance(stop.code, int) else 0
 

@@ -61,7 +61,7 @@ def _checkpoint(run: Path, step: int | None) -> Path:
 
 
 def next_token_distribution(
-    logits: Float[Tensor, " V"], *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    logits: Float[Tensor, " V"], temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Float[Tensor, " V"]:
     """The probabilities that the next token is drawn from, float64, on the device of ``logits``.
 

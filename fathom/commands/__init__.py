@@ -1,0 +1,24 @@
+"""What each command of `fathom` does: a signature is its flags, a docstring its help (parsed by tyro, see fathom/cli.py).
+
+A command is made when it is chosen, so that a light one imports nothing heavy. Results go to standard output, for
+people or, with `--json`, as one JSON value; all else goes to standard error.
+"""
+
+from collections.abc import Callable
+
+from fathom.commands import data, measure, runs
+from fathom.commands.output import Function
+
+COMMANDS: dict[str, Callable[[], Function]] = {
+    "quickstart": runs.quickstart,
+    "data prepare": data.prepare,
+    "data pack": data.pack,
+    "data unpack": data.unpack,
+    "data sample": data.sample,
+    "train": runs.train_resume,
+    "sample": runs.sample,
+    "report": runs.report,
+    "residuals": measure.residuals,
+    "bench": measure.bench,
+}
+"""Makes the function of each command of `fathom.cli.COMMANDS`; `train` with a recipe is `runs.train`."""

@@ -1,0 +1,180 @@
+"""`fathom quickstart`, `train`, `sample` and `report`: what makes a run folder and what reads one."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from fathom.commands.output import Function, Json, enough_memory, print_json
+from fathom.errors import UserError
+
+
+def quickstart() -> Function:
+    from fathom.quickstart import QuickstartOptions
+    from fathom.quickstart import quickstart as run_quickstart
+
+    def run(options: Annotated[QuickstartOptions, arg(name="")], as_json: Json = False) -> int | None:
+        """Train a small AttnRes decoder and its PreNorm twin on the text inside the package, and compare them."""
+        result = _finish("quickstart", lambda: run_quickstart(options))
+        if isinstance(result, int):
+            return result
+        if as_json:
+            print_json(result)
+        return None
+
+    return run
+
+
+def train(recipe: str) -> Function:
+    """The command `fathom train RECIPE`."""
+    from fathom.train import loop
+    from fathom.train.config import RunConfig
+    from fathom.train.recipes import RECIPES
+
+    default = RECIPES[recipe]()
+
+    out_help = "The run folder to make; runs/<recipe>-<rule>-<seed> if not given."
+
+    def run(
+        out: Annotated[Path | None, arg(help=out_help)] = None,
+        as_json: Json = False,
+        config: Annotated[RunConfig, arg(name="")] = default,
+    ) -> int | None:
+        folder = out or Path("runs") / f"{recipe}-{config.model.residual.rule}-{config.seed}"
+        return _train(folder, lambda: loop.train(config, folder), as_json)
+
+    run.__doc__ = RECIPES[recipe].__doc__
+    return run
+
+
+def train_resume() -> Function:
+    from fathom.train import loop
+    from fathom.train.recipes import RECIPES
+
+    resume_help = "The run folder to continue from its newest checkpoint, with its own settings."
+
+    def run(resume: Annotated[Path, arg(help=resume_help)], as_json: Json = False) -> int | None:
+        return _train(resume, lambda: loop.resume(resume), as_json)
+
+    recipes = "\n\n".join(f"{name}: {recipe.__doc__}" for name, recipe in RECIPES.items())
+    usage = "Train with `fathom train RECIPE` (`fathom train RECIPE --help` lists its flags), or resume a run. Recipes:"
+    run.__doc__ = f"{usage}\n\n{recipes}"
+    return run
+
+
+def _finish(name: str, train: Callable[[], dict[str, Any]], *, resume: str = "") -> dict[str, Any] | int:
+    """The summary of a training, or the exit code of one that ended early, after a line on standard error."""
+    from fathom.train.loop import Diverged, Interrupted
+
+    try:
+        with enough_memory("give a smaller --data.micro-batch, --model.dim or --model.context"):
+            return train()
+    except Interrupted as stop:
+        print(f"fathom {name}: {stop}{resume}", file=sys.stderr)
+        return 130
+    except Diverged as error:
+        print(f"fathom {name}: {error}", file=sys.stderr)
+        return 1
+
+
+def _train(run: Path, train: Callable[[], dict[str, Any]], as_json: bool) -> int | None:
+    folder = shlex.quote(str(run))
+    summary = _finish("train", train, resume=f"; go on with `fathom train --resume {folder}`")
+    if isinstance(summary, int):
+        return summary
+    if as_json:
+        print_json({"run": str(run), **summary})
+        return None
+    print(
+        f"{summary['rule']}: validation loss {summary['val_loss']:.4f} nats per token after {summary['steps']:,} steps "
+        f"({summary['tokens']:,} tokens, {summary['parameters']:,} parameters) in {run}"
+    )
+    print(f"fathom sample {folder} --prompt ''")
+    return None
+
+
+def sample() -> Function:
+    def run(
+        run: Positional[Path],
+        prompt: str = "",
+        tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        checkpoint: int | None = None,
+        device: str = "auto",
+    ) -> None:
+        """Continue a text with the model of a run, as it comes; the speed goes to standard error.
+
+        Args:
+            run: The run folder.
+            prompt: The text to continue; an empty one begins a document.
+            tokens: How many tokens at most; the model may end its document earlier.
+            temperature: 1 draws as the model predicts; less keeps to likelier tokens, 0 takes the likeliest.
+            top_k: Draw only among this many likeliest tokens.
+            top_p: Draw only among the fewest tokens that hold this share of the probability.
+            seed: Of the draws.
+            checkpoint: The step of the checkpoint; the newest if not given.
+            device: cpu, cuda, or auto for the GPU where there is one.
+        """
+        from fathom.inference.sample import decode_stream, encode_prompt, generate, load_run
+        from fathom.train.environment import pick_device
+
+        model, tokenizer = load_run(run, pick_device(device), step=checkpoint)
+        given = encode_prompt(tokenizer, prompt)
+        made = 0
+
+        def counted() -> Iterator[int]:
+            nonlocal made
+            settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+            for token in generate(model, given, count=tokens, seed=seed, **settings):  # type: ignore[arg-type]
+                made += 1
+                yield token
+
+        begin = time.perf_counter()
+        for piece in decode_stream(tokenizer, chain(given, counted())):
+            print(piece, end="", flush=True)
+        print()
+        seconds = time.perf_counter() - begin
+        print(f"{made} tokens, {made / seconds:.1f} tokens/s", file=sys.stderr)
+
+    return run
+
+
+def report() -> Function:
+    from fathom.lab.dynamics import write_depth
+    from fathom.lab.report import write_report
+    from fathom.train.checkpoint import checkpoints
+
+    def run(runs: Positional[tuple[Path, ...]], out: Path = Path("report.html"), as_json: Json = False) -> None:
+        """Compare runs in one HTML page.
+
+        What each layer reads is first measured on the newest checkpoint of a run, where that has not been done.
+
+        Args:
+            runs: The run folders.
+            out: The page to write.
+        """
+        if not runs:
+            raise UserError("report: give at least one run folder")
+        for folder in runs:
+            depth = folder / "depth.json"
+            newest = checkpoints(folder)
+            if newest and not (depth.is_file() and depth.stat().st_mtime >= newest[-1].stat().st_mtime):
+                try:
+                    write_depth(folder)
+                except UserError as error:  # the page shows the rest of the run
+                    print(f"fathom report: {folder} goes without depth maps: {error}", file=sys.stderr)
+        page = write_report(list(runs), out)
+        if as_json:
+            print_json({"report": str(page)})
+        else:
+            print(page)
+
+    return run
