@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import logging
 import multiprocessing
+import posixpath
 import re
 import shutil
 import subprocess
@@ -71,7 +72,7 @@ class Package:
     sha256: str
     """Of the .deb file."""
     licence: str | None = None
-    """Path of its copyright file inside the .deb."""
+    """Path of its copyright file inside the .deb, or inside the package whose documentation folder it shares."""
     documents: int = 0
     bytes: int = 0
 
@@ -171,6 +172,10 @@ def extract(deb: Path) -> tuple[str | None, list[tuple[str, str]]]:
                     name = member.name.removeprefix("./")
                     if name.endswith("/copyright") and licence is None:
                         licence = name
+                    elif (
+                        name == f"usr/share/doc/{deb.name.split('_')[0]}" and member.issym()
+                    ):  # shares a package's papers
+                        licence = posixpath.normpath(f"usr/share/doc/{member.linkname}/copyright")
                     readable = member.isfile() and member.size <= MAX_FILE and not _UNREAD.search(f"/{name}")
                     if readable and (to_text := reader(name)) is not None:
                         file = tar.extractfile(member)

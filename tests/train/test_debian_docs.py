@@ -90,9 +90,9 @@ An item.
 
 def test_info_files_lose_nodes_and_menus():
     text = (
-        "This is x.info\n\x1f\nFile: x.info,  Node: Top,  Next: One\n\nText of the top.\n\n* Menu:\n\n* One::    The first.\n"
-        "* Two::    The second, which\n             goes on.\n\n\x1f\nFile: x.info,  Node: One\n\nSee *note Two::, please.\n"
-        "\x1f\nTag Table:\nNode: Top\x7f80\n"
+        "This is x.info\n\x1f\nFile: x.info,  Node: Top,  Next: One\n\nText of the top.\n\n* Menu:\n\n"
+        "* One::    The first.\n* Two::    The second, which\n             goes on.\n\n"
+        "\x1f\nFile: x.info,  Node: One\n\nSee *note Two::, please.\n\x1f\nTag Table:\nNode: Top\x7f80\n"
     )
     assert info_text(text) == "Text of the top.\n\nSee Two, please."
 
@@ -134,11 +134,15 @@ def test_near_duplicates_and_long_files():
 # Packages
 
 
-def build_deb(folder: Path, name: str, files: dict[str, bytes]) -> Path:
+def build_deb(folder: Path, name: str, files: dict[str, bytes | str]) -> Path:
+    """A package of these files; a text is the target of a symbolic link."""
     root = folder / f"{name}-root"
     for path, data in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(data)
+        if isinstance(data, str):
+            (root / path).symlink_to(data)
+        else:
+            (root / path).write_bytes(data)
     (root / "DEBIAN").mkdir()
     (root / "DEBIAN" / "control").write_text(
         f"Package: {name}\nVersion: 1.0-1\nArchitecture: all\nMaintainer: A <a@example.org>\nDescription: x\n"
@@ -188,6 +192,14 @@ def test_extract_reads_what_is_prose(archive: Path):
 
 
 @needs_dpkg
+def test_a_shared_licence_is_found_and_links_are_not_read(tmp_path: Path):
+    files = {"usr/share/doc/gamma": "gamma-data", "usr/share/help/a.html": page("a"), "usr/share/help/b.html": "a.html"}
+    licence, texts = extract(build_deb(tmp_path, "gamma", files))
+    assert licence == "usr/share/doc/gamma-data/copyright"
+    assert [name for name, _ in texts] == ["usr/share/help/a.html"]
+
+
+@needs_dpkg
 def test_a_damaged_package_is_named(archive: Path):
     deb = archive / "alpha_1.0-1_all.deb"
     deb.write_bytes(deb.read_bytes()[:3000])
@@ -209,7 +221,8 @@ def apt(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (bin_folder / "apt-cache").write_text(f"#!/bin/sh\ncat {stanzas}\n")
     (bin_folder / "apt-get").write_text(
-        f'#!/bin/sh\necho download >> {tmp_path}/calls\nshift 2\nfor p in "$@"; do cp {archive}/"${{p%%=*}}"_* . || exit 100; done\n'
+        f"#!/bin/sh\necho download >> {tmp_path}/calls\nshift 2\n"
+        f'for p in "$@"; do cp {archive}/"${{p%%=*}}"_* . || exit 100; done\n'
     )
     for tool in bin_folder.iterdir():
         tool.chmod(0o755)
