@@ -15,10 +15,11 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from torch import Tensor
 
 from fathom import cli, commands
 from fathom.bench import arms, gate
-from fathom.block import BlockAttnRes
+from fathom.block import BlockAttnRes, BlockState
 from fathom.cli import main
 from fathom.errors import UserError
 from fathom.models.config import ModelConfig, ResidualConfig
@@ -185,6 +186,12 @@ def test_a_mistake_is_one_line(line: str, place: Path, capsys: Capture, monkeypa
 def test_the_line_says_what_is_wrong(line: str, message: str, capsys: Capture) -> None:
     assert main(shlex.split(line)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["train", "quick", "--op\ntim"], ["sample", "no\nwhere"]])
+def test_a_line_break_in_a_mistake_stays_in_the_line(args: list[str], capsys: Capture) -> None:
+    assert main(args) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_file_that_cannot_be_written_is_one_line(place: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,11 +372,17 @@ def test_bench_does_not_time_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> No
     assert gate(config, torch.device("cpu")) < 1e-12
     assert [arm.residual.schedule for arm in arms(config).values()].count("single_pass") == 1
     right = BlockAttnRes.write
-    monkeypatch.setattr(
-        BlockAttnRes, "write", lambda self, state, site, output: right(self, state, site, 1.001 * output)
-    )
-    with pytest.raises(UserError, match="block differs from prenorm"):
-        gate(config, torch.device("cpu"))
+
+    def wrong_forward(self: BlockAttnRes, state: BlockState, site: int, output: Tensor) -> BlockState:
+        return right(self, state, site, 1.001 * output)
+
+    def wrong_backward(self: BlockAttnRes, state: BlockState, site: int, output: Tensor) -> BlockState:
+        return right(self, state, site, output.detach() if site == 1 else output)
+
+    for wrong in (wrong_forward, wrong_backward):
+        monkeypatch.setattr(BlockAttnRes, "write", wrong)
+        with pytest.raises(UserError, match="block differs from prenorm"):
+            gate(config, torch.device("cpu"))
 
 
 def test_help_imports_no_torch() -> None:
