@@ -144,6 +144,14 @@ sample run extra
 residuals --dim 0
 residuals --dim wide
 residuals --layers -1
+report
+report nowhere
+report text.txt
+report data
+quickstart --out run
+quickstart --out text.txt
+quickstart --steps many
+quickstart --stpes 3
 bench --rounds 2
 bench --batch 0
 bench --model.dim 7
@@ -227,7 +235,7 @@ def test_help_teaches_every_command(capsys: Capture) -> None:
             assert command.sentence in page and command.example in page
 
 
-@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in ("quickstart", "report")])
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_examples_use_flags_that_exist(name: str, capsys: Capture) -> None:
     words = shlex.split(cli.COMMANDS[name].example)
     assert words[: 1 + len(name.split())] == ["fathom", *name.split()]
@@ -290,6 +298,21 @@ def test_sample_streams_the_prompt_and_more(place: Path, capsys: Capture) -> Non
 def test_sample_refuses_a_prompt_that_is_not_text(place: Path, capsys: Capture) -> None:
     assert main(["sample", str(place / "run"), "--prompt", "\udcff"]) == 2
     assert capsys.readouterr().err == "fathom: the prompt is not valid UTF-8 text\n"
+
+
+def test_report_measures_depth_and_compares(place: Path, tmp_path: Path, capsys: Capture) -> None:
+    page = tmp_path / "page.html"
+    assert main(["report", str(place / "run"), "--out", str(page), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"report": str(page)} and captured.err == ""
+    assert json.loads((place / "run" / "depth.json").read_text())["step"] == 3
+    assert page.read_text().lstrip().lower().startswith("<!doctype html>")
+
+
+def test_quickstart_prints_only_its_result_as_json(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["quickstart", "--steps", "1", "--out", str(tmp_path / "q"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {"prenorm", "block"} <= result.keys() and Path(result["report"]).is_file()
 
 
 def test_ctrl_c_saves_and_resume_goes_on(place: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -1,5 +1,6 @@
 """`fathom quickstart`, `train`, `sample` and `report`: what makes a run folder and what reads one."""
 
+import contextlib
 import shlex
 import sys
 import time
@@ -20,7 +21,9 @@ def quickstart() -> Function:
 
     def run(options: Annotated[QuickstartOptions, arg(name="")], as_json: Json = False) -> int | None:
         """Train a small AttnRes decoder and its PreNorm twin on the text inside the package, and compare them."""
-        result = _finish("quickstart", lambda: run_quickstart(options))
+        # What it tells as it goes is for people: with --json, standard output is for the result alone.
+        with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            result = _finish("quickstart", lambda: run_quickstart(options))
         if isinstance(result, int):
             return result
         if as_json:
@@ -162,7 +165,7 @@ def report() -> Function:
             out: The page to write.
         """
         if not runs:
-            raise UserError("report: give at least one run folder")
+            raise UserError("give at least one run folder")
         for folder in runs:
             depth = folder / "depth.json"
             newest = checkpoints(folder)
