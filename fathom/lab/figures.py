@@ -25,7 +25,7 @@ MARKERS = {"prenorm": "o", "block": "s", "full": "^"}
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 POINTS = 300
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -97,9 +97,9 @@ def loss_figure(runs: list[Run], against: Literal["steps", "seconds"]) -> Figure
                 x(run.val), [row["loss"] for row in run.val],
                 color=style.color, linestyle=style.linestyle, marker=style.marker, markersize=4, lw=1.6, label=run.label,
             )  # fmt: skip
-        validated = [[row["loss"] for row in run.val] for run in runs if run.val]
+        validated = [[row["loss"] for row in run.val if row["step"]] for run in runs]
         if any(len(losses) > 1 for losses in validated):
-            highest = max(losses[0] for losses in validated)
+            highest = max(losses[0] for losses in validated if losses)
             lowest = min(min(row["loss"] for row in [*run.train, *run.val]) for run in runs)
             margin = 0.05 * (highest - lowest)
             if margin > 0:

@@ -67,7 +67,7 @@ class Run:
     def seconds(self) -> dict[int, float]:
         """Seconds of training from the start to the end of each logged step, without validation and checkpoints."""
         total = itertools.accumulate(row["step_seconds"] for row in self.train)
-        return {row["step"]: seconds for row, seconds in zip(self.train, total, strict=True)}
+        return {0: 0.0} | {row["step"]: seconds for row, seconds in zip(self.train, total, strict=True)}
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""When two runs may be compared, by how much they differ, and what a reader must know before believing it.
+
+Losses are subtracted only where that means something: same corpus, tokenizer, validation sequences and training tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from fathom.lab.runs import Run
+
+# What must agree before two validation losses measure the same thing, and how the page says that it does not.
+MEASURE: dict[str, Callable[[Run], Any]] = {
+    "data (corpus hash)": lambda run: str(run.data.get("corpus_hash"))[:12],
+    "tokenizers (sha256)": lambda run: run.tokenizer[:12],
+    "context lengths": lambda run: run.config.model.context,
+    "numbers of validation sequences": lambda run: run.config.eval_sequences,
+}
+
+
+def measure(run: Run) -> tuple[Any, ...]:
+    """Equal for runs whose validation losses can be compared."""
+    return tuple(read(run) for read in MEASURE.values())
+
+
+def baseline(run: Run, runs: list[Run]) -> Run | None:
+    """The PreNorm run to hold ``run`` against: of its measure and number of tokens, and of its seed if there is one."""
+    found = [
+        other
+        for other in runs
+        if other.rule == "prenorm" and other.val_loss is not None and other.tokens == run.tokens
+        if measure(other) == measure(run)
+    ]
+    same_seed = [other for other in found if other.config.seed == run.config.seed]
+    return next(iter(same_seed or found), None)
+
+
+def difference(run: Run, runs: list[Run]) -> float | None:
+    """Validation loss of ``run`` minus its ``baseline``'s, nats per token; None for PreNorm and where there is none."""
+    twin = baseline(run, runs)
+    if run.rule == "prenorm" or run.val_loss is None or twin is None or twin.val_loss is None:
+        return None
+    return run.val_loss - twin.val_loss
+
+
+def flags(runs: list[Run]) -> list[str]:
+    """What a reader must know before comparing these runs, a sentence or two each."""
+    notes = []
+    for name, read in MEASURE.items():
+        groups: dict[Any, list[str]] = {}
+        for run in runs:
+            groups.setdefault(read(run), []).append(run.label)
+        if len(groups) > 1:
+            held = "; ".join(f"{value}: {', '.join(labels)}" for value, labels in groups.items())
+            notes.append(f"These runs have different {name}, so their losses cannot be compared across: {held}.")
+    if len({run.tokens for run in runs}) > 1:
+        notes.append(
+            "These runs have seen different numbers of tokens: differences are given between equal numbers only."
+        )
+    if len({run.env.get("machine") for run in runs}) > 1:
+        notes.append(
+            "These runs were timed on different machines: step times and tokens per second are not comparable."
+        )
+    for run in runs:
+        if run.steps < run.config.steps:
+            notes.append(f"{run.label} is at step {run.steps:,} of the {run.config.steps:,} it was asked for.")
+        if run.depth is not None and run.depth.get("step", run.steps) != run.steps:
+            notes.append(
+                f"The depth measurements of {run.label} are of step {run.depth['step']:,}, not of {run.steps:,}."
+            )
+    if len({run.config.seed for run in runs}) == 1 and any(difference(run, runs) is not None for run in runs):
+        notes.append(
+            f"All runs share seed {runs[0].config.seed}: only runs of other seeds can tell whether a small difference is "
+            "the rule's doing or luck."
+        )
+    return notes
+
+
+def headline(runs: list[Run]) -> str:
+    """The result in a sentence: the lowest loss and how far that is from PreNorm."""
+    finished = [(run.val_loss, run) for run in runs if run.val_loss is not None]
+    if not finished:
+        return "No run has been validated after its last step yet."
+    if len({measure(run) for _, run in finished}) > 1:
+        return "These runs do not share one measure of loss, so none of them is called the best."
+    loss, best = min(finished, key=lambda pair: pair[0])
+    text = f"{best.label} has the lowest validation loss, {loss:.4f} nats per token after {best.tokens:,} tokens"
+    twin, gap = baseline(best, runs), difference(best, runs)
+    return f"{text}." if twin is None or gap is None else f"{text}, {-gap:.4f} below {twin.label}."
