@@ -174,7 +174,7 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss on the validation sequences, nats per token; also written to the metrics."""
         with self._autocast():
-            losses = [(self.loss_function(inputs, targets), len(inputs)) for inputs, targets in self.validation]
+            losses = [(self.model.loss(inputs, targets), len(inputs)) for inputs, targets in self.validation]
         loss = sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
         step = self.progress.step
         self.metrics.write("val", step, loss=loss, tokens=step * self.tokens_per_step)
