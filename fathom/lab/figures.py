@@ -1,6 +1,6 @@
 """The report's figures: losses, depth-attention maps, magnitudes by depth; each a ``matplotlib.figure.Figure`` of one panel.
 
-A figure is 4.8 inches (346 points) wide with type of 9 to 10 points: legible on a phone at the phone's full width, and two
+A figure is 4.4 inches (317 points) wide with type of 9 to 10 points: legible on a phone at the phone's full width, and two
 stand side by side on a desk. Colour tells the residual rule (Okabe and Ito's palette, distinct in the common deficiencies of
 colour vision), the marker tells it again, and the dash pattern tells runs of one rule apart.
 """
@@ -57,9 +57,9 @@ def styles(runs: list[Run]) -> dict[str, Style]:
 
 
 @contextmanager
-def _axes(title: str, height: float = 3.4) -> Iterator[tuple[Figure, Axes]]:
+def _axes(title: str, height: float = 3.2) -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.8, height), layout="constrained")
+        figure = Figure(figsize=(4.4, height), layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(title)
         axes.set_axisbelow(True)
@@ -135,14 +135,14 @@ def depth_map(depth: dict[str, Any], kind: Literal["attention", "mlp"], label: s
         ]
         if partial:
             axes.plot(
-                *zip(*partial, strict=True), linestyle="none", marker=".", color="white", ms=5, mec="black", mew=0.5
+                *zip(*partial, strict=True), linestyle="none", marker=".", color="white", ms=6, mec="black", mew=0.5
             )
         axes.axhline(len(rows) - 1, color="#333333", lw=1)
         axes.set_ylim(len(rows), 0)
         every = -(-len(rows) // 20)
         layers = range(0, len(rows) - 1, every)
         axes.set_yticks([y + 0.5 for y in [*layers, len(rows) - 1]], [*(str(y + 1) for y in layers), "output"])
-        every = -(-num_sources // 14)
+        every = -(-num_sources // 12)
         shown = range(0, num_sources, every)
         axes.set_xticks([x + 0.5 for x in shown], ["emb" if x == 0 else str(x) for x in shown])
         axes.tick_params(length=0)

@@ -88,18 +88,19 @@ def _comparison(runs: list[Run]) -> str:
     for run in runs:
         swatch = f'<span class="swatch" style="background:{figures.COLOURS[run.rule]}"></span>'
         rows.append([
-            Html(swatch + escape(run.label)), run.rule, f"{run.num_parameters:,}", _number(run.val_loss),
+            Html(swatch + escape(run.label)), _number(run.val_loss),
             "baseline" if run.rule == "prenorm" else _number(difference(run, runs), "+.4f"),
-            f"{1e3 * run.step_seconds:,.1f}", f"{run.tokens_per_second:,.0f}", f"{run.tokens:,}", run.config.seed,
+            f"{1e3 * run.step_seconds:,.1f}", f"{run.tokens_per_second:,.0f}", run.rule, f"{run.num_parameters:,}",
+            f"{run.tokens:,}", run.config.seed,
         ])  # fmt: skip
     head = [
         "run",
-        "rule",
-        "parameters",
         "validation loss",
         "to PreNorm",
         "median step, ms",
         "tokens/s",
+        "rule",
+        "parameters",
         "tokens",
         "seed",
     ]
@@ -179,7 +180,7 @@ def _magnitudes(runs: list[Run]) -> str:
         columns = [[layer[quantity] for layer in run.depth["layers"]] for run in runs if run.depth is not None]
         names = [run.label for run in runs if run.depth is not None]
         rows = [
-            [str(layer + 1), *(f"{column[layer]:.4g}" if layer < len(column) else NONE for column in columns)]
+            [str(layer + 1), *(f"{column[layer]:#.4g}" if layer < len(column) else NONE for column in columns)]
             for layer in range(max(map(len, columns)))
         ]
         ends = "; ".join(
@@ -205,17 +206,22 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _by_run(values: list[dict[str, Any]], runs: list[Run], differs: str, shared: str) -> list[str]:
-    """A table of the keys whose values differ, and one of those that all runs share."""
+def _by_run(values: list[dict[str, Any]], runs: list[Run], what: str, *, shown: bool) -> list[str]:
+    """A table of the keys whose values differ between runs, and one of those that they share, open if ``shown``."""
     keys = list(dict.fromkeys(key for flat in values for key in flat))
     column = {key: [NONE if flat.get(key) is None else flat[key] for flat in values] for key in keys}
     apart = [[key, *column[key]] for key in keys if any(value != column[key][0] for value in column[key])]
     alike = [[key, column[key][0]] for key in keys if all(value == column[key][0] for value in column[key])]
-    parts = [_table(["", *(run.label for run in runs)], apart, differs, words=True, shown=True)] if apart else []
-    return [
-        *parts,
-        f"<details><summary>{escape(shared)}</summary>{_table(['', 'value'], alike, shared, words=True)}</details>",
-    ]
+    parts = []
+    if apart:
+        parts.append(
+            _table(["name", *(run.label for run in runs)], apart, f"{what} that differ", words=True, shown=True)
+        )
+    if alike:
+        title = f"{what} shared by all runs" if len(runs) > 1 else what
+        table = _table(["name", "value"], alike, title, words=True)
+        parts.append(f"<details{' open' if shown else ''}><summary>{escape(title)}</summary>\n{table}</details>")
+    return parts
 
 
 def _origin(run: Run) -> dict[str, Any]:
@@ -248,13 +254,9 @@ def render(runs: list[Run]) -> str:
         text = f"Not measured by depth (no depth.json): {', '.join(missing)}."
         sections.append(f'<p class="quiet">{escape(text)}</p>')
     settings = [_flatten(to_dict(run.config)) for run in runs]
-    sections.append(
-        _section("Settings", *_by_run(settings, runs, "Settings that differ", "Settings shared by all runs"))
-    )
+    sections.append(_section("Settings", *_by_run(settings, runs, "Settings", shown=False)))
     origins = [_origin(run) for run in runs]
-    sections.append(
-        _section("Where the numbers come from", *_by_run(origins, runs, "Origins that differ", "Shared by all runs"))
-    )
+    sections.append(_section("Where the numbers come from", *_by_run(origins, runs, "Facts", shown=True)))
     style = resources.files("fathom").joinpath("assets/report.css").read_text()
     body = "\n".join(sections)
     return f"""<!doctype html>

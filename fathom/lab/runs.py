@@ -82,6 +82,15 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
+def _depth(path: Path, rule: str) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    depth = _object(path)
+    if depth.get("rule") != rule or not {"tokens", "layers", "sites"} <= depth.keys():
+        raise UserError(f"{path} is not a measurement of this {rule} run; delete it and measure again")
+    return depth
+
+
 def read_runs(folders: list[Path]) -> list[Run]:
     """The runs of ``folders``, in their order. ``UserError`` for none, a folder that is not a run, and a damaged file."""
     if not folders:
@@ -96,18 +105,18 @@ def read_runs(folders: list[Path]) -> list[Run]:
         train = [row for row in rows if row["kind"] == "train"]
         if not train:
             raise UserError(f"{folder} has no training step in its metrics.jsonl yet; report it after its first steps")
-        depth = folder / "depth.json"
+        config = load_config(folder / "config.json")
         runs.append(
             Run(
                 path=folder,
                 label=name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})",
-                config=load_config(folder / "config.json"),
+                config=config,
                 env=_object(folder / "env.json"),
                 data=_object(folder / "data.json"),
                 tokenizer=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
                 train=train,
                 val=[row for row in rows if row["kind"] == "val"],
-                depth=_object(depth) if depth.is_file() else None,
+                depth=_depth(folder / "depth.json", config.model.residual.rule),
             )
         )
     return runs
