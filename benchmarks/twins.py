@@ -19,12 +19,14 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="a dataset folder, instead of the recipe's")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--compile", choices=("none", "layers", "model"), default=None)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     options = parser.parse_args()
     config = RECIPES[options.recipe]()
-    config = replace(config, steps=options.steps or config.steps)
+    config = replace(config, steps=options.steps or config.steps, compile=options.compile or config.compile)
     if options.data:
         config = replace(config, data=replace(config.data, folder=options.data))
-    for rule in RULES:
+    for rule in options.rules:
         run = options.out / rule
         print(json.dumps(train(twin(config, rule), run)), flush=True)
         write_depth(run)

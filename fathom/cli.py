@@ -42,7 +42,7 @@ COMMANDS = {
     "data sample": Command("Show documents of a dataset, drawn at random.", "fathom data sample data/notes --count 3"),
     "train": Command(
         "Train a recipe into a run folder, any setting changed by its flag, or resume a run.",
-        "fathom train quick --model.residual.rule full --optim.lr 1e-3 --out runs/full",
+        "fathom train quick --model.residual.rule full --steps 150 --out runs/full",
     ),
     "sample": Command(
         "Continue a text with the model of a run, as it comes.",

@@ -97,7 +97,7 @@ def _train(run: Path, train: Callable[[], dict[str, Any]], as_json: bool) -> int
         f"{summary['rule']}: validation loss {summary['val_loss']:.4f} nats per token after {summary['steps']:,} steps "
         f"({summary['tokens']:,} tokens, {summary['parameters']:,} parameters) in {run}"
     )
-    print(f"fathom sample {folder} --prompt ''")
+    print(f"fathom sample {folder} --prompt 'The '")
     return None
 
 

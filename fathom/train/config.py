@@ -71,8 +71,8 @@ class RunConfig:
     """cpu, cuda, or auto for the GPU where there is one."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: autocast and a bf16 stream over float32 parameters, gradients and optimizer state."""
-    compile: bool = False
-    """torch.compile the loss: slow to start, faster after."""
+    compile: Literal["none", "layers", "model"] = "none"
+    """torch.compile: each kind of sublayer once (starts in seconds), or the whole model (fastest, minutes to start)."""
     deterministic: bool = False
     """Deterministic GPU kernels, so that a resumed run equals an unbroken one bit for bit (a CPU run always does)."""
     eval_every: int = 50

@@ -73,8 +73,6 @@ class Trainer:
 
     def __init__(self, config: RunConfig, run: Path, *, resume: bool = False) -> None:
         self.run, self.device = run, pick_device(config.device)
-        if config.precision == "bf16" and self.device.type == "cpu" and config.compile:
-            raise UserError("precision bf16 with compile is for GPUs; drop one of them on a CPU")
         folder = data_folder(config)
         shards = TokenShards(folder, "train")
         validation = TokenShards(folder, "val", verify=True)
@@ -86,7 +84,10 @@ class Trainer:
         self.model = Transformer(config.model, seed=config.seed, end_of_text=shards.eos_id).to(self.device)
         self.num_parameters = assert_parameters(self.model)
         self.optimizers = make_optimizers(self.model, config.optim)
-        self.loss_function = torch.compile(self.model.loss) if config.compile else self.model.loss
+        self.loss_function = torch.compile(self.model.loss) if config.compile == "model" else self.model.loss
+        if config.compile == "layers":
+            for sublayer in self.model.sublayers:
+                sublayer.compile()
         self.progress = Progress(step=0, consumed=0, end_of_text=shards.eos_id)
 
         self.lock = _claim(run, resume=resume)

@@ -21,7 +21,7 @@ def debian_50m() -> RunConfig:
         steps=700,
         eval_every=100,
         precision="bf16",
-        compile=True,
+        compile="model",
         log_every=10,
     )
 

@@ -31,7 +31,7 @@ def prose(topic: str, sentences: int = 8) -> str:
 def test_html_keeps_prose_code_and_tables_and_drops_navigation():
     page = b"""<html><head><title>T</title><style>p {}</style></head><body>
     <div class="sphinxsidebar">Sidebar</div><nav>Navigation</nav>
-    <div role="main"><h1>Heading<a class="headerlink" href="#h">\xc2\xb6</a></h1>
+    <div role="main"><div class="toc"><p>A table of contents</p></div><h1>Heading<a class="headerlink" href="#h">\xc2\xb6</a></h1>
     <p>One <b>bold</b>
        word &amp; more.<p>Two.
     <pre>def f():

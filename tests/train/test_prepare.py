@@ -316,9 +316,11 @@ def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_dataset(tmp_path:
     endless.wait()
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "text.spool").stat().st_size > 0
+    (tmp_path / ".out.partial" / "train-00099.bin").write_bytes(b"left over")
     prepare(source, tmp_path / "out", options=OPTIONS)
     assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == sorted(TEXTS)
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+    assert not (tmp_path / "out" / "train-00099.bin").exists()
 
 
 def test_an_interrupted_writer_clears_up(tmp_path: Path, endless: subprocess.Popen):
@@ -364,6 +366,13 @@ def test_tiktoken_gives_the_same_ids(sotu: Tokenizer):
     for text, a, b in zip(texts, fast.encode(texts), slow.encode(texts), strict=True):
         assert a.tolist() == b.tolist(), text[:50]
         assert sotu.decode(a.tolist(), skip_special_tokens=False) == text
+
+
+def test_words_are_cut_as_the_pattern_says(sotu: Tokenizer):
+    pieces = sotu.pre_tokenizer.pre_tokenize_str("I'd say   12345 (no!)\n\n  done\tnow ")
+    text = "I'd say   12345 (no!)\n\n  done\tnow "
+    cut = [text[start:stop] for _, (start, stop) in pieces]
+    assert cut == ["I", "'d", " say", "  ", " ", "123", "45", " (", "no", "!)\n\n", " ", " done", "\tnow", " "]
 
 
 @given(st.lists(st.text(max_size=60), max_size=4))
