@@ -6,12 +6,11 @@ zero every arm must have the loss and the gradients of PreNorm.
 """
 
 import datetime
+import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -162,7 +161,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     return {
         "name": "bench",
         "date": datetime.date.today().isoformat(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(versions.pop("command")),
         "machine": versions.pop("machine"),
         "versions": versions,
         "gate": {"tolerance": GATE_TOLERANCE, "difference": difference},
