@@ -38,7 +38,8 @@ from typing import Any
 from fathom.errors import UserError
 from fathom.train.data import file_sha256
 from fathom.train.markup import html_text, info_text, man_text, plain_text
-from fathom.train.prepare import PrepareOptions, cores, drop_seen_paragraphs, in_order
+from fathom.train.prepare import PrepareOptions
+from fathom.train.spool import cores, drop_seen_paragraphs, in_order
 from fathom.train.text import Document
 
 _log = logging.getLogger(__name__)

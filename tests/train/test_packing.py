@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fathom.errors import UserError
-from fathom.train import prepare as prepare_module
+from fathom.train import spool
 from fathom.train.data import Manifest, TokenShards
 from fathom.train.packing import pack, unpack
 from fathom.train.prepare import PrepareOptions, build
@@ -26,7 +26,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = (Document(text, "here", "val" if i == 0 else "train") for i, text in enumerate(texts))
     options = PrepareOptions(vocab_size=257, shard_tokens=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "_CHUNK_BYTES", 50_000)
+        patch.setattr(spool, "CHUNK_BYTES", 50_000)
         build(documents, out, options, name="numbers", source={"identity": "numbers"})
     return out
 

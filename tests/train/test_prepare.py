@@ -21,10 +21,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fathom.errors import UserError
 from fathom.train import prepare as prepare_module
+from fathom.train import spool
 from fathom.train.data import Manifest, TokenShards
 from fathom.train.embedded import documents as embedded_documents
 from fathom.train.embedded import embedded
-from fathom.train.prepare import PrepareOptions, drop_seen_paragraphs, prepare, sample_documents
+from fathom.train.prepare import PrepareOptions, prepare, sample_documents
+from fathom.train.spool import drop_seen_paragraphs
 from fathom.train.text import describe_source, read_documents
 from fathom.train.tokenizer import EOS, Encoder, load_tokenizer, train_tokenizer
 
@@ -69,7 +71,7 @@ def test_documents_come_back_and_splits_share_none(tmp_path: Path):
 
 
 def test_the_result_does_not_depend_on_workers_or_file_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prepare_module, "_CHUNK_BYTES", 300)  # many tasks, several shards
+    monkeypatch.setattr(spool, "CHUNK_BYTES", 300)  # many tasks, several shards
     options = replace(OPTIONS, shard_tokens=200)
     source = folder_of_texts(tmp_path / "in")
     prepare(source, tmp_path / "one", options=replace(options, workers=1))
@@ -369,9 +371,8 @@ def test_tiktoken_gives_the_same_ids(sotu: Tokenizer):
 
 
 def test_words_are_cut_as_the_pattern_says(sotu: Tokenizer):
-    pieces = sotu.pre_tokenizer.pre_tokenize_str("I'd say   12345 (no!)\n\n  done\tnow ")
     text = "I'd say   12345 (no!)\n\n  done\tnow "
-    cut = [text[start:stop] for _, (start, stop) in pieces]
+    cut = [text[start:stop] for _, (start, stop) in sotu.pre_tokenizer.pre_tokenize_str(text)]
     assert cut == ["I", "'d", " say", "  ", " ", "123", "45", " (", "no", "!)\n\n", " ", " done", "\tnow", " "]
 
 
