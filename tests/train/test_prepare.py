@@ -258,6 +258,21 @@ def test_invalid_utf8_can_be_replaced(tmp_path: Path):
     assert "latin � text" in texts and sum(text.startswith("half �") for text in texts) == 1
 
 
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = folder_of_texts(tmp_path / "in")
+    (source / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    prepare_fails(source, tmp_path, r"needs the package pyarrow: pip install 'fathom-attnres\[data\]'")
+
+
+def test_without_tiktoken_the_result_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = folder_of_texts(tmp_path / "in")
+    prepare(source, tmp_path / "with", options=OPTIONS)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    prepare(source, tmp_path / "without", options=OPTIONS)
+    assert contents(tmp_path / "with") == contents(tmp_path / "without")
+
+
 def test_what_cannot_work_is_said_before_the_work(tmp_path: Path):
     prepare_fails(tmp_path / "absent", tmp_path, "does not exist")
     source = folder_of_texts(tmp_path / "in")
