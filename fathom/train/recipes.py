@@ -9,7 +9,7 @@ from fathom.train.config import DataConfig, OptimConfig, RunConfig
 
 def quick() -> RunConfig:
     """A small decoder on the text inside the package: minutes on a laptop's CPU, no data to fetch."""
-    return RunConfig(model=ModelConfig(dim=64, num_layers=12, num_heads=2), optim=OptimConfig(lr=1.6e-2), steps=550)
+    return RunConfig(model=ModelConfig(dim=64, num_layers=12, num_heads=2), optim=OptimConfig(lr=1.2e-2), steps=550)
 
 
 def debian_50m() -> RunConfig:
