@@ -149,8 +149,9 @@ def write_depth(run: Path, *, sequences: int = 32, device: str = "auto") -> Path
     """
     if sequences < 1:
         raise UserError(f"sequences is {sequences}: it must be at least 1")
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run} is not a run folder: it has no config.json")
+    for file in ("config.json", "data.json"):
+        if not (run / file).is_file():
+            raise UserError(f"{run} is not a run folder: it has no {file}")
     config, place = load_config(run / "config.json"), pick_device(device)
     found = checkpoint.checkpoints(run)
     if not found:
