@@ -2,7 +2,7 @@
 
     python benchmarks/quickstart_seeds.py --out runs/quickstart-seeds --seeds 3
 
-Writes OUT/result.json, whose content the package ships as fathom/assets/quickstart-seeds.json. A seed that is done is not run again.
+Writes OUT/result.json, which the package ships as fathom/assets/quickstart-seeds.json. A seed that is done is not run again.
 """
 
 import argparse

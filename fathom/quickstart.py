@@ -139,8 +139,8 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             f"Three seeds of this configuration: PreNorm {_spread(published['prenorm'])}, Block {_spread(published['block'])}; "
             f"paired gain {published['gain']:.3f}, 90 % interval {low:.3f} to {high:.3f}."
         )
-    text = _sample(options.out / winner, device)
-    console.print(f"[bold]{winner}[/bold] continues: [italic]{PROMPT}[/italic]{text}", markup=True)
+    console.print(f"[bold]{winner}[/bold] continues:", end=" ")
+    console.print(PROMPT + _sample(options.out / winner, device), markup=False)
     console.print(f"Report: {report}   Sample more: fathom sample {options.out / winner} --prompt 'The people of'")
     return {"prenorm": prenorm, "block": block, "gain": gain, "identity": {"loss": loss_error, "gradients": gradient_error},
             "report": str(report)}  # fmt: skip

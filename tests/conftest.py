@@ -9,6 +9,10 @@ jaxtyping.install_import_hook(
 )
 
 
+# The tests' tensors are too small for two threads to help, and waiting for each other costs more than the work.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -72,15 +72,15 @@ def activation_bytes(
     """Bytes that one eager forward pass of ``loss`` keeps for its backward pass, by part.
 
     Counted, not estimated: the pass runs on fake tensors (shapes without data, so any size fits) and every distinct storage
-    that autograd saves is added once, to the part that saved it first. Parameters and their casts are not activations; casts of them that
-    autocast saves are listed as ``weight casts``. ``device`` matters: kernels differ in what they save.
+    that autograd saves is added once, to the part that saved it first. Parameters are not activations; casts of them
+    that autocast saves are listed as ``weight casts``. ``device`` matters: kernels differ in what they save.
     """
     rows: dict[str, int] = defaultdict(int)
     seen: set[int] = set()
     part = "embedding"
     keep: list[Any] = []
 
-    with FakeTensorMode() as mode, torch.device(device):
+    with FakeTensorMode(), torch.device(device):
         model = Transformer(config, end_of_text=0)
         tokens = torch.zeros(batch, context, dtype=torch.int64)
         parameter_storages = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -113,5 +113,5 @@ def activation_bytes(
             torch.autocast(device, torch.bfloat16, enabled=autocast),
         ):
             model.loss(tokens, tokens)
-        del mode
+
     return dict(rows)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fathom.depth_attention import EPS
 from fathom.errors import UserError
+
+# depth_attention.EPS, without importing torch for it: the command line reads this file to print its help.
+EPS = 1e-6
 
 
 @dataclass(frozen=True)
