@@ -38,7 +38,7 @@ def main() -> None:
     for seed in range(options.seeds):
         folder = options.out / f"seed-{seed}"
         if not (folder / RULES[-1] / "summary.json").exists():
-            train_twins(QuickstartOptions(out=folder, seed=seed))
+            train_twins(QuickstartOptions(seed=seed), folder)
         for rule in RULES:
             losses[rule].append(json.loads((folder / rule / "summary.json").read_text())["val_loss"])
         print(seed, {rule: round(values[-1], 4) for rule, values in losses.items()}, flush=True)

@@ -37,8 +37,8 @@ PROMPT = "My fellow citizens, the state of our union is"
 class QuickstartOptions:
     """The quick start's settings."""
 
-    out: Path = Path("runs/quickstart")
-    """Folder of the two runs and report.html; must not exist yet."""
+    out: Path | None = None
+    """Folder of the two runs and report.html; must not exist yet. If not given: runs/quickstart, or the next free number."""
     steps: int = 550
     """Optimizer steps of each twin."""
     seed: int = 0
@@ -74,11 +74,20 @@ def published_seeds() -> dict[str, Any]:
     return json.loads((files("fathom") / "assets/quickstart-seeds.json").read_text())
 
 
-def train_twins(options: QuickstartOptions) -> list[dict[str, Any]]:
-    """Train both, alternating; returns their summaries. Ctrl-C saves both and raises ``Interrupted``."""
+def free_folder(wanted: Path) -> Path:
+    """``wanted``, or the first of wanted-2, wanted-3 ... that does not exist."""
+    number, folder = 1, wanted
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def train_twins(options: QuickstartOptions, out: Path) -> list[dict[str, Any]]:
+    """Train both in folders of ``out``, alternating; returns their summaries. Ctrl-C saves both and raises ``Interrupted``."""
     config = replace(quick(), steps=options.steps, seed=options.seed, device=options.device)
     with ExitStack() as stack:
-        trainers = [stack.enter_context(closing(Trainer(twin(config, rule), options.out / rule))) for rule in RULES]
+        trainers = [stack.enter_context(closing(Trainer(twin(config, rule), out / rule))) for rule in RULES]
         stop = stack.enter_context(stop_on_signal())
         seconds = [0.0, 0.0]
         line, begin = ProgressLine(), time.perf_counter()
@@ -96,7 +105,7 @@ def train_twins(options: QuickstartOptions) -> list[dict[str, Any]]:
                     trainer.save()
             if stop:
                 line.clear()
-                raise Interrupted(f"stopped after step {step}; both twins are saved in {options.out}")
+                raise Interrupted(f"stopped after step {step}; both twins are saved in {out}")
             left = (options.steps - step) * (time.perf_counter() - begin) / step
             losses = ", ".join(f"{rule} {t.validation_loss:.3f}" for rule, t in zip(RULES, trainers, strict=True))
             line.show(f"step {step}/{options.steps}  validation loss: {losses}  {duration(left)} left")
@@ -106,8 +115,9 @@ def train_twins(options: QuickstartOptions) -> list[dict[str, Any]]:
 
 def quickstart(options: QuickstartOptions) -> dict[str, Any]:
     """Train the twins, compare them, sample from the better one and write ``report.html``; returns what was printed."""
-    if options.out.exists():
+    if options.out is not None and options.out.exists():
         raise UserError(f"{options.out} exists already; give another --out, or delete it")
+    out = options.out or free_folder(Path("runs/quickstart"))
     console = Console(stderr=False, highlight=False)
     device = pick_device(options.device)
     config = quick().model
@@ -120,10 +130,10 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
         f"At zero queries Block AttnRes is PreNorm: in float64 the losses differ by {loss_error:.1e}, "
         f"the gradients by at most {gradient_error:.1e} (relative)."
     )
-    prenorm, block = train_twins(options)
+    prenorm, block = train_twins(options, out)
     for rule in RULES:
-        write_depth(options.out / rule, device=options.device)
-    report = write_report([options.out / rule for rule in RULES], options.out / "report.html")
+        write_depth(out / rule, device=options.device)
+    report = write_report([out / rule for rule in RULES], out / "report.html")
 
     console.print(_table(prenorm, block))
     gain = prenorm["val_loss"] - block["val_loss"]
@@ -140,8 +150,8 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             f"paired gain {published['gain']:.3f}, 90 % interval {low:.3f} to {high:.3f}."
         )
     console.print(f"[bold]{winner}[/bold] continues:", end=" ")
-    console.print(PROMPT + _sample(options.out / winner, device), markup=False)
-    console.print(f"Report: {report}   Sample more: fathom sample {options.out / winner} --prompt 'The people of'")
+    console.print(PROMPT + _sample(out / winner, device), markup=False)
+    console.print(f"Report: {report}   Sample more: fathom sample {out / winner} --prompt 'The people of'")
     return {"prenorm": prenorm, "block": block, "gain": gain, "identity": {"loss": loss_error, "gradients": gradient_error},
             "report": str(report)}  # fmt: skip
 
