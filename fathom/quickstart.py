@@ -89,13 +89,13 @@ def train_twins(options: QuickstartOptions, out: Path) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         trainers = [stack.enter_context(closing(Trainer(twin(config, rule), out / rule))) for rule in RULES]
         stop = stack.enter_context(stop_on_signal())
-        seconds = [0.0, 0.0]
+        seconds, losses = [0.0, 0.0], [0.0, 0.0]
         line, begin = ProgressLine(), time.perf_counter()
         for step in range(1, options.steps + 1):
             for index, trainer in enumerate(trainers):
                 mark = time.perf_counter()
                 result = trainer.step()
-                result.loss.item()  # waits for a GPU, so that the time is this twin's
+                losses[index] = result.loss.item()  # waits for a GPU, so that the time is this twin's
                 elapsed = time.perf_counter() - mark
                 seconds[index] += elapsed
                 trainer.record([(step, result)], elapsed)
@@ -107,8 +107,8 @@ def train_twins(options: QuickstartOptions, out: Path) -> list[dict[str, Any]]:
                 line.clear()
                 raise Interrupted(f"stopped after step {step}; both twins are saved in {out}")
             left = (options.steps - step) * (time.perf_counter() - begin) / step
-            losses = ", ".join(f"{rule} {t.validation_loss:.3f}" for rule, t in zip(RULES, trainers, strict=True))
-            line.show(f"step {step}/{options.steps}  validation loss: {losses}  {duration(left)} left")
+            shown = ", ".join(f"{rule} {loss:.3f}" for rule, loss in zip(RULES, losses, strict=True))
+            line.show(f"step {step}/{options.steps}  training loss: {shown}  {duration(left)} left")
         line.clear()
         return [trainer.summarize(each) for trainer, each in zip(trainers, seconds, strict=True)]
 

@@ -302,9 +302,10 @@ def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
             left = (config.steps - step) * (time.perf_counter() - begin) / (step - started)
             use = trainer.mfu(trainer.rates[-1])
             share = f"{trainer.rates[-1] / torch.get_num_threads():,.0f}/core" if use is None else f"mfu {use:.1%}"
+            held_out = "" if math.isnan(trainer.validation_loss) else f"  val {trainer.validation_loss:.3f}"
             line.show(
-                f"{config.model.residual.rule} step {step}/{config.steps}  loss {result.loss.item():.3f}  "
-                f"val {trainer.validation_loss:.3f}  {trainer.rates[-1]:,.0f} tokens/s  {share}  {duration(left)} left"
+                f"{config.model.residual.rule} step {step}/{config.steps}  loss {result.loss.item():.3f}{held_out}  "
+                f"{trainer.rates[-1]:,.0f} tokens/s  {share}  {duration(left)} left"
             )
         if evaluate:
             trainer.validate()
