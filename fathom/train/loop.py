@@ -14,6 +14,7 @@ A run folder describes itself:
 import fcntl
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -80,6 +81,8 @@ class Trainer:
         self.config = config = replace(config, model=replace(config.model, vocab_size=shards.vocab_size))
         self.batches = Batches(shards, config.model.context, config.seed)
         held_out = Batches(validation, config.model.context, 0, shuffle=False)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with this
         torch.use_deterministic_algorithms(config.deterministic)
         self.model = Transformer(config.model, seed=config.seed, end_of_text=shards.eos_id).to(self.device)
         self.num_parameters = assert_parameters(self.model)
