@@ -3,9 +3,10 @@
     checkpoints/step-000200/
         model.safetensors        the model's parameters
         optimizer.safetensors    every optimizer tensor, named <optimizer>.<parameter number>.<key>
-        checkpoint.json          step, sequences consumed, end of text, the sha256 of both files
+        checkpoint.json          step, sequences consumed, end of text, the sha256 of both files and of itself
 
 A folder is written under a temporary name, flushed to disk and renamed: a killed or failed save leaves the earlier ones alone.
+An old one is renamed before it is deleted, so that a folder named step-... is whole at any moment.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -49,6 +51,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _seal(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def _clear(run: Path) -> None:
+    """Delete what a killed or failed save left behind; the run's lock keeps other writers away."""
+    for leftover in (run / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -79,25 +95,27 @@ def save(
     folder = run / "checkpoints" / f"step-{progress.step:06d}"
     if folder.exists():
         return folder
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _clear(run)
+    temporary = _temporary(folder)
     try:
         temporary.mkdir(parents=True)
         save_file(_model_tensors(model), temporary / "model.safetensors")
         save_file(_optimizer_tensors(optimizers), temporary / "optimizer.safetensors")
         sums = {name: _sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
-        (temporary / "checkpoint.json").write_text(json.dumps({**vars(progress), "sha256": sums}, indent=2) + "\n")
-        for path in temporary.iterdir():
+        values = {**vars(progress), "sha256": sums}
+        (temporary / "checkpoint.json").write_text(json.dumps({**values, "seal": _seal(values)}, indent=2) + "\n")
+        for path in (*temporary.iterdir(), temporary):
             _flush(path)
         temporary.rename(folder)
         _flush(folder.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _clear(run)
         earlier = checkpoints(run)
         last = f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no earlier checkpoint"
         raise UserError(f"checkpoint {folder} could not be written: {error}; {last}") from None
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        old.rename(_temporary(old))
+    _clear(run)
     return folder
 
 
@@ -105,6 +123,8 @@ def read_progress(folder: Path) -> Progress:
     """The progress of a checkpoint whose files are all present and unchanged; otherwise a ``UserError`` naming the file."""
     try:
         values = json.loads((folder / "checkpoint.json").read_text())
+        if values.pop("seal") != _seal(values):
+            raise ValueError("its values are not the ones that were saved")
         sums = values.pop("sha256")
         progress = Progress(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -140,12 +160,18 @@ def load_model(folder: Path, model: nn.Module) -> None:
 
 
 def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Load every optimizer's tensors; rates and decays come from the config."""
-    saved = load_file(folder / "optimizer.safetensors")
-    for number, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in saved.items():
-            owner, index, key = name.split(".", 2)
-            if int(owner) == number:
-                state.setdefault(int(index), {})[key] = value
+    """Load every optimizer's tensors; rates and decays come from the config. ``UserError`` if other optimizers made them."""
+    path = folder / "optimizer.safetensors"
+    states: list[dict[int, dict[str, Tensor]]] = [
+        {index: {} for group in optimizer.state_dict()["param_groups"] for index in group["params"]}
+        for optimizer in optimizers
+    ]
+    for name, value in load_file(path).items():
+        owner, index, key = name.split(".", 2)
+        if int(owner) >= len(states) or int(index) not in states[int(owner)]:
+            raise UserError(f"{path}: {name} belongs to none of this run's optimizers: not a checkpoint of this run")
+        states[int(owner)][int(index)][key] = value
+    for number, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+        if missing := [index for index, tensors in state.items() if not tensors]:
+            raise UserError(f"{path}: {number}.{missing[0]} is missing: not a checkpoint of this run")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -149,7 +149,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    """Write ``config`` to ``path``, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    temporary.replace(path)
 
 
 def load_config(path: Path) -> RunConfig:

@@ -4,7 +4,7 @@ A run folder describes itself:
 
     config.json      the RunConfig; loads back and resumes
     env.json         versions, machine, git state
-    data.json        the corpus: its name, hash, tokenizer, end of text
+    data.json        the corpus: its folder, the hashes of its text and of its tokens, end of text
     metrics.jsonl    a line a step (train) and a line a validation (val)
     tokenizer.json   so that the run can be sampled from
     checkpoints/     see checkpoint.py
@@ -12,6 +12,7 @@ A run folder describes itself:
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -34,15 +35,15 @@ from fathom.models.transformer import Transformer
 from fathom.train import checkpoint
 from fathom.train.checkpoint import Progress
 from fathom.train.config import RunConfig, load_config, save_config
-from fathom.train.data import Batches, TokenShards
+from fathom.train.data import SPLITS, Batches, Manifest, TokenShards
 from fathom.train.embedded import embedded
 from fathom.train.environment import environment, peak_flops, pick_device
-from fathom.train.metrics import Metrics, ProgressLine, duration
+from fathom.train.metrics import Metrics, ProgressLine, duration, writing
 from fathom.train.optimizers import lr_share, make_optimizers, set_lr
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number. The message names the step, the batch and the last good checkpoint."""
+    """A loss, gradient or parameter is not finite. The message names the step, its batch and the last good checkpoint."""
 
 
 class Interrupted(Exception):
@@ -63,6 +64,12 @@ class StepResult:
 
 def data_folder(config: RunConfig) -> Path:
     return embedded() if config.data.folder == "embedded" else Path(config.data.folder)
+
+
+def tokens_hash(manifest: Manifest) -> str:
+    """Identity of the very tokens that a run sees; ``corpus_hash`` is that of the text, whatever the tokenizer and splits."""
+    parts = [manifest.tokenizer_sha256, *(f"{split} {s.sha256}" for split in SPLITS for s in manifest.splits[split])]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 class Trainer:
@@ -98,17 +105,18 @@ class Trainer:
             if resume:
                 self._load_newest()
             else:
-                save_config(config, run / "config.json")
-                (run / "env.json").write_text(json.dumps(environment(self.device), indent=2) + "\n")
-                data = {"folder": config.data.folder, "corpus_hash": shards.corpus_hash, "end_of_text": shards.eos_id,
+                data = {"folder": config.data.folder, "corpus_hash": shards.corpus_hash,
+                        "tokens_hash": tokens_hash(shards.manifest), "end_of_text": shards.eos_id,
                         "bytes_per_token": shards.bytes_per_token}  # fmt: skip
-                (run / "data.json").write_text(json.dumps(data, indent=2) + "\n")
-                shutil.copy(folder / "tokenizer.json", run / "tokenizer.json")
-            recorded = json.loads((run / "data.json").read_text())["corpus_hash"]
-            if recorded != shards.corpus_hash:
-                raise UserError(
-                    f"{folder} holds another corpus than the one {run} was trained on; give the original data"
-                )
+                with writing(run):
+                    (run / "env.json").write_text(json.dumps(environment(self.device), indent=2) + "\n")
+                    (run / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+                    shutil.copy(folder / "tokenizer.json", run / "tokenizer.json")
+                    # Last, because a run folder is one that has a config.json: a killed start can be told from a run.
+                    save_config(config, run / "config.json")
+            recorded = json.loads((run / "data.json").read_text())
+            if recorded.get("tokens_hash") != tokens_hash(shards.manifest):
+                raise UserError(f"{folder} holds other tokens than {run} was trained on; give the original data")
             self.metrics = Metrics(run, config, keep_until=self.progress.step)
         except BaseException:
             self.lock.close()
@@ -119,7 +127,7 @@ class Trainer:
         self.flops_per_token = 3 * sum(flops_per_token(config.model, config.model.context).values())
         self.peak = peak_flops(self.device)
         self.rates: list[float] = []
-        self.validation_loss = math.nan
+        self.validation_loss = self.metrics.validation_loss
 
     def _load_newest(self) -> None:
         found = checkpoint.checkpoints(self.run)
@@ -140,13 +148,13 @@ class Trainer:
         data, micro = self.config.data, self.config.data.micro_batch or self.config.data.batch
         share = lr_share(self.config.optim, self.progress.step, self.config.steps)
         set_lr(self.optimizers, share)
-        total = torch.zeros((), device=self.device)
+        losses = []
         for first in range(self.progress.consumed, self.progress.consumed + data.batch, micro):
             inputs, targets = self._tensors(self.batches, first, micro)
             with self._autocast():
                 loss = self.loss_function(inputs, targets) * (micro / data.batch)
             loss.backward()
-            total += loss.detach()
+            losses.append(loss.detach())
         limit = self.config.optim.clip or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         for optimizer in self.optimizers:
@@ -155,18 +163,18 @@ class Trainer:
         self.progress = replace(
             self.progress, step=self.progress.step + 1, consumed=self.progress.consumed + data.batch
         )
-        return StepResult(total, grad_norm, self.config.optim.lr * share)
+        return StepResult(torch.stack(losses).sum(), grad_norm, self.config.optim.lr * share)
 
     def record(self, results: list[tuple[int, StepResult]], seconds: float) -> None:
-        """Write the metrics of steps that took ``seconds`` each; ``Diverged`` at the first loss that is not finite."""
+        """Write the metrics of steps that took ``seconds`` each; ``Diverged`` at the first that is not finite."""
         rate = self.tokens_per_step / seconds
         for step, result in results:
-            loss = result.loss.item()
-            if not math.isfinite(loss):
-                raise self._diverged(step)
+            loss, grad_norm = result.loss.item(), result.grad_norm.item()
+            self._require_finite("the loss", loss, step)
+            self._require_finite("the gradient norm", grad_norm, step)
             self.rates.append(rate)
             self.metrics.write(
-                "train", step, loss=loss, grad_norm=result.grad_norm.item(), lr=result.lr,
+                "train", step, loss=loss, grad_norm=grad_norm, lr=result.lr,
                 tokens=step * self.tokens_per_step, step_seconds=seconds, tokens_per_second=rate, mfu=self.mfu(rate),
             )  # fmt: skip
 
@@ -181,6 +189,7 @@ class Trainer:
             losses = [(self.model.loss(inputs, targets), len(inputs)) for inputs, targets in self.validation]
         loss = sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
         step = self.progress.step
+        self._require_finite("the validation loss", loss, step)
         self.metrics.write("val", step, loss=loss, tokens=step * self.tokens_per_step)
         self.validation_loss = loss
         return loss
@@ -200,19 +209,25 @@ class Trainer:
             "seconds": seconds,
             "peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
         }
-        (self.run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        with writing(self.run / "summary.json"):
+            (self.run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         return summary
 
     def save(self) -> Path:
+        """Write a checkpoint; ``Diverged`` if a parameter is not finite, as after a huge step from a loss that still was."""
+        for name, parameter in self.model.named_parameters():
+            self._require_finite(name, parameter, self.progress.step)
         return checkpoint.save(self.run, self.progress, self.model, self.optimizers, keep=self.config.keep_checkpoints)
 
-    def _diverged(self, step: int) -> Diverged:
-        """The error for a loss of ``step`` (1-based) that is not finite."""
+    def _require_finite(self, what: str, value: float | Tensor, step: int) -> None:
+        """``Diverged`` if ``what``, of ``step`` (1-based), is not."""
+        if torch.isfinite(torch.as_tensor(value)).all():
+            return
         first = (step - 1) * self.config.data.batch
         earlier = checkpoint.checkpoints(self.run)
         good = f"last good checkpoint: {earlier[-1]}" if earlier else "no checkpoint had been written"
-        return Diverged(
-            f"the loss of step {step} is not finite (sequences {first} to {first + self.config.data.batch - 1} of the "
+        raise Diverged(
+            f"{what} of step {step} is not finite (sequences {first} to {first + self.config.data.batch - 1} of the "
             f"order with seed {self.config.seed}); {good}; a lower learning rate is the usual cure"
         )
 
@@ -226,6 +241,8 @@ def _claim(run: Path, *, resume: bool) -> TextIO:
     if resume and not (run / "config.json").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.json")
     if not resume and run.exists() and any(run.iterdir() if run.is_dir() else [run]):
+        if not (run / "config.json").is_file():
+            raise UserError(f"{run} exists already and is not a run folder; delete it or give another --out")
         raise UserError(f"{run} exists already; resume it with `fathom train --resume {run}` or give another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)

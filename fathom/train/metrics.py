@@ -1,14 +1,26 @@
 """Where a run's numbers go: ``metrics.jsonl``, an optional second sink, and one progress line on a terminal."""
 
 import json
+import math
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from fathom.errors import UserError
 from fathom.train.config import RunConfig, to_dict
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A disk that is full or read-only, while ``path`` is written, is a ``UserError`` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror}") from None
 
 
 class Metrics:
@@ -17,30 +29,42 @@ class Metrics:
     def __init__(self, run: Path, config: RunConfig, *, keep_until: int) -> None:
         """Lines of steps after ``keep_until`` belong to a part of the run that will be run again, and are dropped."""
         self.path = run / "metrics.jsonl"
-        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= keep_until]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
-        self.file = self.path.open("a")
+        kept = [row for row in _rows(self.path) if row["step"] <= keep_until]
+        self.validation_loss: float = next((row["loss"] for row in reversed(kept) if row["kind"] == "val"), math.nan)
+        """Of the newest validation that was kept."""
+        with writing(self.path):
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary.replace(self.path)
+            self.file = self.path.open("a")
         self.sink = _sink(run, config)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.flush()
         if self.sink is not None:
             self.sink.log(kind, step, {k: v for k, v in values.items() if isinstance(v, int | float)})
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # of a line that `write` has already reported
+            self.file.close()
         if self.sink is not None:
             self.sink.close()
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _rows(path: Path) -> list[dict[str, Any]]:
     """Every complete line; a killed run may leave half of one at the end."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+        if line.endswith("\n"):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number} is not valid JSON: {error.msg}") from None
+    return rows
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -48,13 +72,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it has no metrics.jsonl")
-    rows = []
-    for number, line in enumerate(_whole_lines(path), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not valid JSON: {error.msg}") from None
-    return rows
+    return _rows(path)
 
 
 class _TensorBoard:
