@@ -6,26 +6,46 @@ Writes OUT/result.json, which the package ships as fathom/assets/quickstart-seed
 """
 
 import argparse
+import datetime
 import json
-import math
+import platform
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+from summarize import row, seeds_rows
 
 from fathom.quickstart import QuickstartOptions, train_twins
 from fathom.train.environment import machine
+from fathom.train.metrics import read_metrics
 from fathom.train.recipes import RULES
 
-# Student's t at 95 % (a two-sided 90 % interval) for 1 to 9 degrees of freedom.
-T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 
-
-def paired_interval(gains: list[float]) -> tuple[float, float]:
-    """The 90 % interval of the mean of paired gains, by Student's t."""
-    half = T_95[len(gains) - 2] * statistics.stdev(gains) / math.sqrt(len(gains))
-    return statistics.mean(gains) - half, statistics.mean(gains) + half
+def measure(out: Path, num_seeds: int) -> dict[str, Any]:
+    """The losses, the gain and the rows of finished seeds; times are medians over a run's steps, their ratio over pairs."""
+    pairs = [[out / f"seed-{seed}" / rule for rule in RULES] for seed in range(num_seeds)]
+    prenorm, block = (
+        [json.loads((pair[i] / "summary.json").read_text())["val_loss"] for pair in pairs] for i in (0, 1)
+    )
+    seconds = [
+        [[line["step_seconds"] for line in read_metrics(run) if line["kind"] == "train"] for run in pair]
+        for pair in pairs
+    ]
+    times = [[1e3 * statistics.median(pair[i]) for pair in seconds] for i in (0, 1)]
+    ratio = statistics.median(b / a for pair in seconds for a, b in zip(*pair, strict=True))
+    rows = seeds_rows("quickstart", prenorm, block)
+    return {
+        "prenorm": prenorm,
+        "block": block,
+        "gain": rows[-1]["median"],
+        "gain_interval_90": [rows[-1]["low"], rows[-1]["high"]],
+        "rows": [
+            *rows,
+            row("quickstart", "prenorm", "step_ms", "ms", times[0]),
+            row("quickstart", "block", "step_ms", "ms", times[1], over_prenorm=ratio),
+        ],
+    }
 
 
 def main() -> None:
@@ -33,26 +53,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    losses: dict[str, list[float]] = {rule: [] for rule in RULES}
-    steps = QuickstartOptions().steps
     for seed in range(options.seeds):
         folder = options.out / f"seed-{seed}"
         if not (folder / RULES[-1] / "summary.json").exists():
             train_twins(QuickstartOptions(seed=seed), folder)
-        for rule in RULES:
-            losses[rule].append(json.loads((folder / rule / "summary.json").read_text())["val_loss"])
-        print(seed, {rule: round(values[-1], 4) for rule, values in losses.items()}, flush=True)
-    gains = [a - b for a, b in zip(losses["prenorm"], losses["block"], strict=True)]
-    result: dict[str, Any] = {
+        print(f"seed {seed} is done", flush=True)
+    result = {
+        "name": "quickstart",
+        "date": datetime.date.today().isoformat(),
         "command": f"python benchmarks/quickstart_seeds.py --out {options.out} --seeds {options.seeds}",
         "machine": machine(torch.device("cpu")),
-        "torch": torch.__version__,
-        "steps": steps,
-        **losses,
-        "gain": statistics.mean(gains),
-        "gain_interval_90": paired_interval(gains),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "steps": QuickstartOptions().steps,
+        **measure(options.out, options.seeds),
     }
-    (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

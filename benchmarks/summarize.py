@@ -2,18 +2,17 @@
 
     python benchmarks/summarize.py
 
-``median`` is a median over ``n`` seeds (losses) or logged stretches of steps (speeds), with the lowest and the highest
-beside it; metrics called ``mean_gain`` and ``lowest_val_loss`` hold what they say instead. A mean gain is paired by seed, and its
-low and high are the 90 % interval of the mean by Student's t.
+``median`` is a median over ``n`` logged stretches of steps, with the lowest and the highest beside it. Metrics that hold
+something else say so in their name: ``mean_val_loss`` over seeds (lowest and highest seed beside it), ``mean_gain`` over
+pairs of one seed (with the 90 % interval of the mean by Student's t), ``lowest_val_loss`` over learning rates.
 """
 
 import json
+import math
 import statistics
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-from quickstart_seeds import paired_interval
 
 from fathom.train.metrics import read_metrics
 
@@ -23,6 +22,15 @@ VERSIONS = {"python": "3.12.3", "torch": "2.11.0+cu130", "cuda": "13.0"}
 
 Rows = list[dict[str, Any]]
 
+# Student's t at 95 % (a two-sided 90 % interval) for 1 to 9 degrees of freedom.
+T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
+
+
+def paired_interval(gains: list[float]) -> tuple[float, float]:
+    """The 90 % interval of the mean of paired gains, by Student's t."""
+    half = T_95[len(gains) - 2] * statistics.stdev(gains) / math.sqrt(len(gains))
+    return statistics.mean(gains) - half, statistics.mean(gains) + half
+
 
 def row(
     case: str, arm: str, metric: str, unit: str, values: list[float], *, over_prenorm: float | None = None
@@ -30,6 +38,15 @@ def row(
     """A row of the schema: median, lowest, highest and number of ``values``."""
     return {"case": case, "arm": arm, "metric": metric, "unit": unit, "median": statistics.median(values),
             "low": min(values), "high": max(values), "n": len(values), "over_prenorm": over_prenorm}  # fmt: skip
+
+
+def seeds_rows(case: str, prenorm: list[float], block: list[float], metric: str = "mean_val_loss") -> Rows:
+    """The mean loss of both rules over the same seeds, and the mean of their paired gains, PreNorm minus Block."""
+    rows = [
+        row(case, arm, metric, "nats per token", found) | {"median": statistics.mean(found)}
+        for arm, found in (("prenorm", prenorm), ("block", block))
+    ]
+    return [*rows, gain_row(case, prenorm, block)]
 
 
 def gain_row(case: str, prenorm: list[float], block: list[float]) -> dict[str, Any]:
@@ -64,8 +81,7 @@ def tuning() -> Rows:
     seeds = [run for run in sweep if run["label"] == "seeds"]
     for lr in (8e-3, 1.2e-2, 1.6e-2, 2.4e-2):
         prenorm, block = losses(seeds, "prenorm", lr=lr), losses(seeds, "block", lr=lr)
-        rows += [row(f"lr {lr}", "prenorm", "val_loss", "nats per token", prenorm)]
-        rows += [row(f"lr {lr}", "block", "val_loss", "nats per token", block), gain_row(f"lr {lr}", prenorm, block)]
+        rows += seeds_rows(f"lr {lr}", prenorm, block)
     own = losses(seeds, "prenorm", lr=1.6e-2), losses(seeds, "block", lr=1.2e-2)
     rows += [gain_row("each at its best lr", *own)]
 
@@ -77,9 +93,7 @@ def tuning() -> Rows:
 
     second = [run for run in read_sweep("explore-2.jsonl") if run["label"] == "muon"]
     muon = [losses(second, rule, lr=1.6e-2, muon_lr=0.02) for rule in ("prenorm", "block")]
-    for rule, found in zip(("prenorm", "block"), muon, strict=True):
-        rows += [row("muon, muon_lr 0.02", rule, "muon_val_loss", "nats per token", found)]
-    rows += [gain_row("muon, muon_lr 0.02", *muon)]
+    rows += seeds_rows("muon, muon_lr 0.02", muon[0], muon[1])
 
     first = read_sweep("explore.jsonl")
     for layers, std in ((12, 0.05), (12, 0.3), (12, 1.0), (16, 1.0)):
