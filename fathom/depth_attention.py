@@ -36,8 +36,9 @@ def key_scores(
 
     The norm is a scalar per token, so it is applied to the score and never to the [..., D] key.
     """
-    inverse_rms = (source.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (source @ queries.mT) * inverse_rms
+    # vector_norm, not square().mean(): its backward pass writes one [..., D] tensor where that one writes three.
+    mean_square = torch.linalg.vector_norm(source, dim=-1, keepdim=True).square() / source.shape[-1]
+    return (source @ queries.mT) * (mean_square + eps).rsqrt()
 
 
 def fold_gain(query: Float[Tensor, "*S D"], gain: Float[Tensor, "*S D"] | None) -> Float[Tensor, "*S D"]:
@@ -86,5 +87,7 @@ def depth_attention(
     Raises ``UserError`` (a ``ValueError``) if there is no source, or if shapes or dtypes differ.
     """
     weights = depth_attention_weights(sources, query, gain, eps=eps)
-    values = torch.stack([source.to(weights.dtype) for source in sources])
-    return torch.einsum("n...,n...d->...d", weights, values).to(sources[0].dtype)
+    mixed = torch.zeros_like(sources[0], dtype=weights.dtype)
+    for weight, source in zip(weights, sources, strict=True):
+        mixed = torch.addcmul(mixed, weight.unsqueeze(-1), source.to(weight.dtype))
+    return mixed.to(sources[0].dtype)
