@@ -1,0 +1,163 @@
+"""What the pages say: their Python runs, their tables are the results, their links and names exist."""
+
+import importlib.util
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from fathom.train.config import DataConfig, OptimConfig, RunConfig
+from fathom.train.loop import train
+from fathom.train.recipes import RULES, quick, twin
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *RESULTS.glob("**/README.md")])
+READ = [page for page in PAGES if not page.is_relative_to(RESULTS)]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def benchmark(module: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of benchmarks/, imported as its siblings import it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, module, loaded)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs that the pages' examples speak of: runs/prenorm and runs/block, as small as can be."""
+    place = tmp_path_factory.mktemp("docs")
+    small = RunConfig(
+        model=quick().model, data=DataConfig(batch=1), optim=OptimConfig(warmup=1), steps=1, eval_sequences=1, device="cpu"
+    )  # fmt: skip
+    for rule in RULES:
+        train(twin(small, rule), place / "runs" / rule)
+    return place
+
+
+@pytest.mark.parametrize("page", [page for page in READ if "```python" in page.read_text()], ids=name)
+def test_python_on_a_page_runs(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, name(page), "exec"), {"__name__": "__main__"})
+
+
+def test_the_readme_example_is_there() -> None:
+    assert "```python" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tables_are_the_results(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = page.read_text()
+    assert benchmark("tables", monkeypatch).render(text) == text, "run `python benchmarks/tables.py`"
+    assert len(re.findall("<!-- result:", text)) == len(re.findall("<!-- end of result", text))
+
+
+def test_a_stale_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = benchmark("tables", monkeypatch)
+    text = (ROOT / "README.md").read_text()
+    table = re.search(r"<!-- result:.*?<!-- end of result -->", text, re.DOTALL)
+    assert table is not None
+    digits = re.compile(r"(\d\.\d\d)(\d)")
+    assert digits.search(table[0])
+    stale = digits.sub(lambda match: match[1] + str((int(match[2]) + 1) % 10), table[0], count=1)
+    assert tables.render(stale) == table[0]
+
+
+def test_results_follow_from_their_raw_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    summarize = benchmark("summarize", monkeypatch)
+    for folder, head in summarize.RESULT_FILES.items():
+        committed = json.loads((RESULTS / folder / "result.json").read_text())
+        assert json.loads(json.dumps(head["rows"]())) == committed["rows"], folder
+    seeds = benchmark("quickstart_seeds", monkeypatch)
+    folder = RESULTS / "2026-11-22_quickstart"
+    committed = json.loads((folder / "result.json").read_text())
+    assert json.loads(json.dumps(seeds.measure(folder, len(committed["prenorm"])))).items() <= committed.items()
+
+
+def test_rows_follow_the_schema() -> None:
+    keys = {"case", "arm", "metric", "unit", "median", "low", "high", "n", "over_prenorm"}
+    for path in RESULTS.glob("**/result.json"):
+        result = json.loads(path.read_text())
+        assert {"name", "date", "command", "machine", "versions", "rows"} <= result.keys(), path
+        assert (path.parent / "README.md").is_file()
+        for row in result["rows"]:
+            assert row.keys() == keys, path
+            assert row["low"] <= row["median"] <= row["high"] and row["n"] >= 1, row
+
+
+def test_results_are_small_and_name_no_machine_path() -> None:
+    for path in RESULTS.glob("**/*"):
+        if path.is_file():
+            assert path.stat().st_size <= 1_000_000, path
+            assert not re.search(rb"/(work|root|home|tmp)/", path.read_bytes()), path
+
+
+def test_the_package_ships_the_published_seeds() -> None:
+    assert (ROOT / "fathom/assets/quickstart-seeds.json").read_bytes() == (
+        RESULTS / "2026-11-22_quickstart/result.json"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs/log.md"], ids=name)
+def test_sentences_about_the_quick_start_are_its_result(page: Path) -> None:
+    result = json.loads((RESULTS / "2026-11-22_quickstart/result.json").read_text())
+    low, high = result["gain_interval_90"]
+    text = " ".join(page.read_text().split())
+    assert f"{result['gain']:.3f} nats per token over {len(result['prenorm'])} seeds" in text
+    assert f"{low:.3f} to {high:.3f}" in text
+
+
+def test_the_picture_is_of_the_committed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = benchmark("picture", monkeypatch)
+    for file, drawn in runs.pictures().items():
+        saved = (ROOT / "docs/images" / file).read_text()
+        curves = [re.findall(r' d="(M [^"]*)"', picture) for picture in (drawn, saved)]
+        points = [np.array(re.findall(r"-?\d+\.?\d*", " ".join(each)), dtype=float) for each in curves]
+        assert len(points[0]) > 100
+        np.testing.assert_allclose(points[1], points[0], atol=1)  # a point's width: fonts shift the axes a little
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    for link in links:
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = Path(os.path.normpath(page.parent / file)) if file else page
+        assert target.exists(), f"{link} in {name(page)}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, link
+
+
+@pytest.mark.parametrize("page", READ, ids=name)
+def test_names_in_backticks_exist(page: Path) -> None:
+    """`path` from the root; `path::name` is defined there, and so are further `names` of that cell that begin with test_."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for cell in re.split(r"[|\n]", text):
+        defined = ""
+        for quoted in re.findall(r"`([^`\s]+)`", cell):
+            path, _, member = quoted.partition("::")
+            if re.match(r"(fathom|tests|benchmarks|docs|\.ci)/", path) and "*" not in path and "<" not in path:
+                assert (ROOT / path).exists(), f"{quoted} in {name(page)}"
+                defined = (ROOT / path).read_text() if path.endswith(".py") else ""
+            elif quoted.startswith("test_"):
+                member = quoted
+            if member:
+                assert re.search(rf"^ *(def|class) {member}\b", defined, re.MULTILINE), f"{quoted} in {name(page)}"
