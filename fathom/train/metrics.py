@@ -36,8 +36,9 @@ class Metrics:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
             temporary.replace(self.path)
+        self.sink = _sink(run, config, keep_until)
+        with writing(self.path):
             self.file = self.path.open("a")
-        self.sink = _sink(run, config)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         with writing(self.path):
@@ -76,10 +77,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class _TensorBoard:
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, keep_until: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(run / "tensorboard")
+        self.writer = SummaryWriter(run / "tensorboard", purge_step=keep_until + 1)
 
     def log(self, kind: str, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -103,11 +104,11 @@ class _Trackio:
         self.trackio.finish()
 
 
-def _sink(run: Path, config: RunConfig) -> _TensorBoard | _Trackio | None:
+def _sink(run: Path, config: RunConfig, keep_until: int) -> _TensorBoard | _Trackio | None:
     if config.track == "none":
         return None
     try:
-        return _TensorBoard(run) if config.track == "tensorboard" else _Trackio(run, config)
+        return _TensorBoard(run, keep_until) if config.track == "tensorboard" else _Trackio(run, config)
     except ImportError:
         raise UserError(f"--track {config.track} needs an extra: pip install 'fathom-attnres[track]'") from None
 

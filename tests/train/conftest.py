@@ -20,7 +20,8 @@ from fathom.train.text import Document
 
 def write_corpus(folder: Path, seed: int) -> Path:
     words = random.Random(seed)
-    texts = [" ".join(words.choices("to fathom is to measure the depth of water".split(), k=200)) for _ in range(20)]
+    vocabulary = ("to", "fathom", "is", "to", "measure", "the", "depth", "of", "water")
+    texts = [" ".join(words.choices(vocabulary, k=200)) for _ in range(20)]
     documents = (Document(text, "here", "val" if i < 2 else "train") for i, text in enumerate(texts))
     build(documents, folder, PrepareOptions(vocab_size=260), name="words", source={"identity": str(seed)})
     return folder
@@ -37,6 +38,7 @@ def other_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Tiny = Callable[..., RunConfig]
+Section = dict[str, Any] | None
 
 
 @pytest.fixture
@@ -44,14 +46,14 @@ def tiny(corpus: Path) -> Tiny:
     """A function that makes the config of a run of 12 steps and two layers; keywords change it, by section or at the top."""
 
     def make(
-        rule: str = "block", *, model: dict[str, Any] = {}, data: dict[str, Any] = {}, optim: dict[str, Any] = {}, **run: Any
-    ) -> RunConfig:  # fmt: skip
+        rule: str = "block", *, model: Section = None, data: Section = None, optim: Section = None, **run: Any
+    ) -> RunConfig:
         residual = ResidualConfig(rule=rule, num_blocks=2 if rule == "block" else None)  # type: ignore[arg-type]
         settings = {"steps": 12, "device": "cpu", "eval_every": 4, "eval_sequences": 3, "checkpoint_every": 4, **run}
         return RunConfig(
-            model=ModelConfig(**{"dim": 16, "num_layers": 2, "context": 32, "residual": residual, **model}),
-            data=DataConfig(**{"folder": str(corpus), "batch": 4, "micro_batch": 2, **data}),
-            optim=OptimConfig(**{"warmup": 2, **optim}),
+            model=ModelConfig(**{"dim": 16, "num_layers": 2, "context": 32, "residual": residual, **(model or {})}),
+            data=DataConfig(**{"folder": str(corpus), "batch": 4, "micro_batch": 2, **(data or {})}),
+            optim=OptimConfig(**{"warmup": 2, **(optim or {})}),
             **settings,
         )
 

@@ -1,0 +1,152 @@
+"""Which parameter moves how: groups, decay, Muon's matrices, and the schedules at their corners."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fathom.models.config import ModelConfig, ResidualConfig
+from fathom.models.transformer import Transformer
+from fathom.train.config import OptimConfig
+from fathom.train.optimizers import each_group, lr_share, make_optimizers, parameter_groups, set_lr
+
+RULES = ("prenorm", "full", "block")
+
+
+def model(rule: str = "block", **settings) -> Transformer:
+    residual = ResidualConfig(rule=rule, **({"num_blocks": 2} if rule == "block" else {}))
+    return Transformer(ModelConfig(vocab_size=40, context=8, dim=16, num_layers=2, residual=residual, **settings))
+
+
+def kind_of(name: str) -> str:
+    """The table of optimizers.py, read off a parameter's name."""
+    if name in ("embedding.weight", "head.weight"):
+        return "table"
+    if name in ("stream.query", "stream.key_gain"):
+        return "depth"
+    return "matrix" if name.split(".")[-2] in ("qkv", "out", "gate_up", "down") else "vector"
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("settings", [{}, {"tie_embeddings": True}, {"qk_norm": False}, {"num_kv_heads": 1}])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_moves_exactly_once_and_as_its_kind_should(rule: str, settings: dict, optimizer: str) -> None:
+    network = model(rule, **settings)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    by_kind = {kind: {name for name, _ in members} for kind, members in parameter_groups(network).items()}
+    assert by_kind == {
+        k: {n for n in names.values() if kind_of(n) == k} for k in ("matrix", "table", "vector", "depth")
+    }
+    optimizers = make_optimizers(network, OptimConfig(optimizer=optimizer, weight_decay=0.3, lr=0.5, muon_lr=0.25))  # type: ignore[arg-type]
+    moved = [names[id(p)] for group in each_group(optimizers) for p in group["params"]]
+    assert sorted(moved) == sorted(names.values())
+    for group in each_group(optimizers):
+        kinds = {kind_of(names[id(p)]) for p in group["params"]}
+        assert len(kinds) == 1 and group["weight_decay"] == (0.3 if kinds & {"matrix", "table"} else 0)
+        of_muon = optimizer == "muon" and kinds == {"matrix"}
+        assert group["peak_lr"] == (0.25 if of_muon else 0.128 / 16 if kinds == {"depth"} else 0.5)
+    if optimizer == "muon":
+        muon, adamw = optimizers
+        assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+        assert {names[id(p)] for group in muon.param_groups for p in group["params"]} == by_kind["matrix"]
+    else:
+        assert [type(o) for o in optimizers] == [torch.optim.AdamW]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_without_gradient_decays_matrices_and_tables_only(optimizer: str) -> None:
+    network = model(head_std=1.0)
+    torch.nn.init.normal_(network.stream.query)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    optimizers = make_optimizers(network, OptimConfig(optimizer=optimizer, weight_decay=0.5, lr=0.1, muon_lr=0.1))  # type: ignore[arg-type]
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for each in optimizers:
+        each.step()
+    for name, parameter in network.named_parameters():
+        share = 1 - 0.1 * 0.5 if kind_of(name) in ("matrix", "table") else 1
+        torch.testing.assert_close(parameter.detach(), before[name] * share, rtol=1e-6, atol=0)
+
+
+def test_muon_orthogonalises_the_matrices_and_adam_signs_the_rest() -> None:
+    network = model()
+    config = OptimConfig(optimizer="muon", weight_decay=0, lr=0.1, muon_lr=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for each in make_optimizers(network, config):
+        each.step()
+    for name, parameter in network.named_parameters():
+        change = parameter.detach() - before[name]
+        if kind_of(name) == "matrix":
+            singular = torch.linalg.svdvals(change) / (0.1 * 0.2 * max(change.shape) ** 0.5)
+            assert singular.min() > 0.5 and singular.max() < 1.5, name
+        else:
+            rate = 0.128 / 16 if kind_of(name) == "depth" else 0.1
+            torch.testing.assert_close(change, -rate * parameter.grad.sign(), rtol=1e-3, atol=1e-6)
+
+
+def test_the_depth_rate_can_be_given() -> None:
+    optimizers = make_optimizers(model(), OptimConfig(lr=0.5, depth_lr=0.125))
+    assert sorted(group["peak_lr"] for group in each_group(optimizers)) == [0.125, 0.5, 0.5, 0.5]
+
+
+def test_betas_are_those_of_the_config() -> None:
+    (adamw,) = make_optimizers(model(), OptimConfig(beta1=0.7, beta2=0.8))
+    assert all(group["betas"] == (0.7, 0.8) for group in adamw.param_groups)
+
+
+def test_all_rates_follow_the_schedule_from_their_own_peak() -> None:
+    optimizers = make_optimizers(model(), OptimConfig(optimizer="muon", lr=0.5, muon_lr=0.25))
+    for share in (0.5, 0.1, 1.0):
+        set_lr(optimizers, share)
+        assert [group["lr"] for group in each_group(optimizers)] == [
+            pytest.approx(share * peak) for peak in (0.25, 0.5, 0.5, 0.128 / 16)
+        ]
+
+
+def shares(steps: int, **settings) -> list[float]:
+    return [lr_share(OptimConfig(**settings), step, steps) for step in range(steps)]
+
+
+def test_warm_up_rises_linearly_from_its_first_step_to_the_peak() -> None:
+    for schedule in ("cosine", "wsd"):
+        rates = shares(100, schedule=schedule, warmup=4)
+        assert rates[:5] == [0.25, 0.5, 0.75, 1, 1] and max(rates) == 1
+
+
+def test_no_warm_up_starts_at_the_peak() -> None:
+    for schedule in ("cosine", "wsd"):
+        assert shares(100, schedule=schedule, warmup=0)[0] == 1
+
+
+def test_cosine_falls_to_the_final_rate_in_the_last_step() -> None:
+    rates = shares(101, schedule="cosine", warmup=0, final_lr=0.1)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-15) and rates[50] == pytest.approx(0.55, abs=1e-12)
+    assert rates[25] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + 0.5**0.5), abs=1e-12)
+    assert all(a > b for a, b in pairwise(rates))
+    assert shares(60, schedule="cosine", warmup=10, final_lr=0)[-1] == pytest.approx(0, abs=1e-15)
+
+
+def test_wsd_stays_and_falls_linearly_to_the_final_rate_in_the_last_step() -> None:
+    rates = shares(100, schedule="wsd", warmup=10, decay_fraction=0.2, final_lr=0.1)
+    assert rates[9:80] == [1] * 71
+    assert rates[80:] == pytest.approx([1 - 0.9 * i / 20 for i in range(1, 21)], abs=1e-12)
+    assert shares(100, schedule="wsd", warmup=0, decay_fraction=1, final_lr=0) == pytest.approx(
+        [1 - (i + 1) / 100 for i in range(100)], abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_run_no_longer_than_its_warm_up_only_warms_up(schedule: str, steps: int) -> None:
+    assert shares(steps, schedule=schedule, warmup=5) == pytest.approx([(i + 1) / 5 for i in range(steps)])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 1, 2, 3])
+@pytest.mark.parametrize("decay_fraction", [0, 0.5, 1])
+def test_no_corner_leaves_the_range(schedule: str, warmup: int, decay_fraction: float) -> None:
+    for steps in (1, 2, 3, 4):
+        rates = shares(steps, schedule=schedule, warmup=warmup, decay_fraction=decay_fraction, final_lr=0.25)
+        assert all(0.25 <= rate <= 1 for rate in rates), rates
