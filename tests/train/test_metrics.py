@@ -119,14 +119,15 @@ def test_half_a_line_at_the_end_is_dropped(end: str, tiny: Tiny, tmp_path: Path)
 
 
 def test_lines_after_the_checkpoint_are_dropped(tiny: Tiny, tmp_path: Path) -> None:
+    others = {"tokens": 8, "step_seconds": 0.5, "tokens_per_second": 16}
     metrics = Metrics(tmp_path, tiny(), keep_until=0)
     for step in (1, 2, 3):
-        metrics.write("train", step, loss=1 / step)
+        metrics.write("train", step, loss=1 / step, **others)
         metrics.write("val", step, loss=2 / step)
     metrics.close()
     again = Metrics(tmp_path, tiny(), keep_until=2)
     assert again.validation_loss == 1.0
-    again.write("train", 3, loss=5)
+    again.write("train", 3, loss=5, **others)
     again.close()
     assert [(row["kind"], row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [
         ("train", 1, 1), ("val", 1, 2), ("train", 2, 0.5), ("val", 2, 1), ("train", 3, 5),
@@ -134,9 +135,9 @@ def test_lines_after_the_checkpoint_are_dropped(tiny: Tiny, tmp_path: Path) -> N
 
 
 def test_a_damaged_line_is_named(tiny: Tiny, tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind"\n')
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "val", "step": 1, "loss": 1}\n{"kind"\n')
     for read in (lambda: read_metrics(tmp_path), lambda: Metrics(tmp_path, tiny(), keep_until=9)):
-        with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is not valid JSON"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not "):
             read()
     with pytest.raises(UserError, match="it has no metrics"):
         read_metrics(tmp_path / "nowhere")
