@@ -29,6 +29,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Autocast switched off: it would round both factors of a matrix product to bf16, whatever ``compute_dtype`` says."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def key_scores(
     source: Float[Tensor, "*batch D"], queries: Float[Tensor, "S D"], eps: float
 ) -> Float[Tensor, "*batch S"]:
@@ -38,7 +43,8 @@ def key_scores(
     """
     # vector_norm, not square().mean(): its backward pass writes one [..., D] tensor where that one writes three.
     mean_square = torch.linalg.vector_norm(source, dim=-1, keepdim=True).square() / source.shape[-1]
-    return (source @ queries.mT) * (mean_square + eps).rsqrt()
+    with full_precision(source):
+        return (source @ queries.mT) * (mean_square + eps).rsqrt()
 
 
 def fold_gain(query: Float[Tensor, "*S D"], gain: Float[Tensor, "*S D"] | None) -> Float[Tensor, "*S D"]:

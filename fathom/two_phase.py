@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fathom.depth_attention import EPS, check_sources, compute_dtype, fold_gain, key_scores
+from fathom.depth_attention import EPS, check_sources, compute_dtype, fold_gain, full_precision, key_scores
 
 
 def inter_block(
@@ -40,7 +40,8 @@ def inter_block(
     scores = key_scores(values, fold_gain(queries, gain).to(dtype), eps)
     lse = scores.logsumexp(-2)
     weights = (scores - lse.unsqueeze(-2)).exp()
-    return (weights.mT @ values).to(sources[0].dtype), lse
+    with full_precision(values):
+        return (weights.mT @ values).to(sources[0].dtype), lse
 
 
 def as_partial(

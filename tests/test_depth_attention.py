@@ -36,6 +36,22 @@ def test_the_gain_multiplies_the_key():
     )
 
 
+def test_autocast_changes_no_bit_of_a_read():
+    """It would round scores and mixes to bf16, though both are promised in float32."""
+    sources = [torch.randn(2, 5, 64, dtype=torch.bfloat16) for _ in range(4)]
+    queries = torch.randn(3, 64)
+
+    def reads() -> list[torch.Tensor]:
+        weights, read = depth_attention_weights(sources, queries[0]), depth_attention(sources, queries[0])
+        return [weights, read, *inter_block(sources, queries), *as_partial(sources[0], queries[0])]
+
+    expected = reads()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = reads()
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 @pytest.mark.parametrize("num_sources", [1, 2, 17])
 @pytest.mark.parametrize("with_gain", [False, True])
 def test_gradcheck_of_a_read(num_sources: int, with_gain: bool):
