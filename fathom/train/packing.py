@@ -10,11 +10,13 @@ with xz's defaults. With a size limit the file is cut into NAME.part00, NAME.par
 """
 
 import contextlib
+import glob
 import hashlib
 import io
 import itertools
 import json
 import lzma
+import math
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +62,10 @@ def pack(
     for split in manifest.splits:
         TokenShards(folder, split)  # nothing damaged travels
     manifest = replace(_prefix(manifest, max_tokens), name=name or manifest.name)
+    if limit_mib is not None and not 1 <= limit_mib * 2**20 < math.inf:
+        raise UserError(f"limit_mib is {limit_mib}, but must be positive, and at least a byte")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens}, but must be at least 1")
     limit = int(limit_mib * 2**20) if limit_mib else None
     if out.exists() or (part := out.with_name(f"{out.name}.part00")).exists():
         raise UserError(f"{out if out.exists() else part} exists; choose another name or remove it")
@@ -103,7 +109,7 @@ def unpack(file: Path, out: Path) -> Manifest:
         UserError: `file` is no packed dataset, or damaged, or incomplete; `out` holds something else; the disk is full.
     """
     file, out = Path(file), Path(out)
-    parts = sorted(file.parent.glob(f"{file.stem}.part*")) if file.suffix.startswith(".part") else [file]
+    parts = _parts(file) if file.suffix.startswith(".part") else [file]
     if not file.is_file():
         raise UserError(f"{file} does not exist")
     try:
@@ -133,6 +139,13 @@ def unpack(file: Path, out: Path) -> Manifest:
     except (lzma.LZMAError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged or incomplete ({error}); copy it again, with all its parts") from None
     return manifest
+
+
+def _parts(first: Path) -> list[Path]:
+    """All parts of a packed file by their number: part100 follows part99, though it sorts before it as text."""
+    found = first.parent.glob(f"{glob.escape(first.stem)}.part*")
+    numbers = {path: path.suffix.removeprefix(".part") for path in found}
+    return sorted((path for path, number in numbers.items() if number.isdecimal()), key=lambda path: int(numbers[path]))
 
 
 class _Joined:

@@ -1,6 +1,7 @@
 """One file that carries a dataset, and every way in which it can arrive broken."""
 
 import lzma
+import math
 import resource
 import signal
 import subprocess
@@ -52,6 +53,19 @@ def test_packing_again_gives_the_same_file(dataset: Path, tmp_path: Path):
     pack(dataset, tmp_path / "a", workers=1)
     pack(dataset, tmp_path / "b", workers=3)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_more_than_a_hundred_parts_join_in_the_order_of_their_numbers(dataset: Path, tmp_path: Path):
+    parts = pack(dataset, tmp_path / "n[1].fathom", limit_mib=0.0005)
+    assert len(parts) > 100
+    assert unpack(parts[0], tmp_path / "out") == Manifest.load(dataset)
+
+
+@pytest.mark.parametrize("options", [{"limit_mib": -1}, {"limit_mib": math.nan}, {"max_tokens": 0}])
+def test_an_impossible_limit_is_refused_by_name(dataset: Path, tmp_path: Path, options: dict):
+    with pytest.raises(UserError, match=next(iter(options))):
+        pack(dataset, tmp_path / "n.fathom", **options)
+    assert not list(tmp_path.glob("n*"))
 
 
 def test_parts_stay_under_the_limit_and_join(dataset: Path, tmp_path: Path):
