@@ -4,12 +4,14 @@
     exit code 1     a training run diverged
     exit code 2     a mistake of the user: one line on standard error, never a traceback
     exit code 130   stopped by Ctrl-C
+    exit code 141   whoever read the output has left, as `head` does
 
 A bug keeps its traceback. What the commands do is in commands/, which is imported once one is chosen.
 """
 
 import contextlib
 import difflib
+import errno
 import io
 import os
 import re
@@ -72,23 +74,31 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
         code = _run(sys.argv[1:] if argv is None else list(argv))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller: `fathom ... >&-`
+            sys.stdout.flush()
         return code
     except UsageError as error:
         return _fail(str(error))
     except UserError as error:
         return _fail(f"fathom: {error}")
     except BrokenPipeError:
-        # Whoever read our output has left. The interpreter flushes once more at its end: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
     except OSError as error:
+        if error.filename is None and error.errno == errno.ENOSPC:
+            _discard_output()
+            return _fail("fathom: the output cannot be written: its disk is full")
         if error.filename is None:
             raise
         return _fail(f"fathom: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         _fail("fathom: interrupted")
         return 130
+
+
+def _discard_output() -> None:
+    """The interpreter flushes standard output once more at its end: let that go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

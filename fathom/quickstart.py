@@ -89,7 +89,7 @@ def train_twins(options: QuickstartOptions, out: Path) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         trainers = [stack.enter_context(closing(Trainer(twin(config, rule), out / rule))) for rule in RULES]
         stop = stack.enter_context(stop_on_signal())
-        seconds, losses = [0.0, 0.0], [0.0, 0.0]
+        losses = [0.0, 0.0]
         line, begin = ProgressLine(), time.perf_counter()
         for step in range(1, options.steps + 1):
             for index, trainer in enumerate(trainers):
@@ -97,7 +97,6 @@ def train_twins(options: QuickstartOptions, out: Path) -> list[dict[str, Any]]:
                 result = trainer.step()
                 losses[index] = result.loss.item()  # waits for a GPU, so that the time is this twin's
                 elapsed = time.perf_counter() - mark
-                seconds[index] += elapsed
                 trainer.record([(step, result)], elapsed)
                 if step % config.eval_every == 0 or step == options.steps:
                     trainer.validate()
@@ -110,7 +109,7 @@ def train_twins(options: QuickstartOptions, out: Path) -> list[dict[str, Any]]:
             shown = ", ".join(f"{rule} {loss:.3f}" for rule, loss in zip(RULES, losses, strict=True))
             line.show(f"step {step}/{options.steps}  training loss: {shown}  {duration(left)} left")
         line.clear()
-        return [trainer.summarize(each) for trainer, each in zip(trainers, seconds, strict=True)]
+        return [trainer.summarize() for trainer in trainers]
 
 
 def quickstart(options: QuickstartOptions) -> dict[str, Any]:

@@ -100,6 +100,9 @@ train quick --steps 1.5
 train quick --steps -3
 train quick --steps 0x10
 train quick --seed -1
+train quick --seed 10000000000000000000
+train quick --model.rope-base nan
+train quick --model.norm-eps nan
 train quick --data.micro-batch x
 train quick --data.micro-batch 3
 train quick --model.dim 30 --model.num-heads 4
@@ -133,6 +136,8 @@ sample broken
 sample data
 sample run --tokens 0
 sample run --tokens lots
+sample run --seed -1
+sample run --seed 10000000000000000000
 sample run --temperature -1
 sample run --temperature warm
 sample run --top-k 0
@@ -420,6 +425,19 @@ def test_a_closed_pipe_is_quiet() -> None:
     process.stdout.close()
     assert process.wait(60) == 141 and process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_output_that_goes_nowhere_is_no_traceback() -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*FATHOM, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (2, "fathom: the output cannot be written: its disk is full\n")
+    closed = subprocess.run(["sh", "-c", f"{shlex.join([*FATHOM, '--help'])} >&-"], capture_output=True, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_a_run_folder_needs_a_name_in_utf8(place: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["train", "quick", "--steps", "1", *tiny(place), "--out", str(tmp_path / "caf\udce9")]) == 2
+    assert "not UTF-8" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_streams_and_exit_code_of_the_real_command(place: Path) -> None:

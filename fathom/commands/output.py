@@ -33,9 +33,14 @@ def enough_memory(advice: str) -> Iterator[None]:
     """Running out of memory is a matter of settings: a ``UserError`` with ``advice``."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ValueError) as error:
         text = str(error)
-        memory = ("out of memory", "allocate memory", "Storage size calculation overflowed")
+        memory = (
+            "out of memory",
+            "allocate memory",
+            "Storage size calculation overflowed",
+            "Maximum allowed size exceeded",
+        )
         if isinstance(error, MemoryError) or any(phrase in text for phrase in memory):
             raise UserError(f"this needs more memory than there is; {advice}") from None
         raise

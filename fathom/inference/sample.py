@@ -122,6 +122,8 @@ def generate(
     """
     if count < 1:
         raise UserError(f"the number of tokens is {count}: it must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed}: it must be at least 0 and below 2^63")
     size, context, end = model.config.vocab_size, model.config.context, model.end_of_text
     for token in tokens:
         if not 0 <= token < size:

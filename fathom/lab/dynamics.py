@@ -22,7 +22,7 @@ from torch import Tensor
 from fathom.errors import UserError
 from fathom.models.transformer import Transformer
 from fathom.train import checkpoint
-from fathom.train.config import load_config
+from fathom.train.config import load_config, read_object
 from fathom.train.data import Batches, TokenShards
 from fathom.train.environment import pick_device
 from fathom.train.loop import data_folder
@@ -159,7 +159,7 @@ def write_depth(run: Path, *, sequences: int = 32, device: str = "auto") -> Path
     progress = checkpoint.read_progress(found[-1])
     folder = data_folder(config)
     shards = TokenShards(folder, "val")
-    if json.loads((run / "data.json").read_text())["corpus_hash"] != shards.corpus_hash:
+    if read_object(run / "data.json").get("corpus_hash") != shards.corpus_hash:
         raise UserError(f"{folder} holds another corpus than the one {run} was trained on; give the original data")
     model = Transformer(config.model, end_of_text=progress.end_of_text)
     checkpoint.load_model(found[-1], model)

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from fathom.errors import UserError
 from fathom.models.accounting import parameters
-from fathom.train.config import RunConfig, load_config
+from fathom.train.config import RunConfig, load_config, read_object
 from fathom.train.metrics import read_metrics
 
 
@@ -70,22 +69,10 @@ class Run:
         return {0: 0.0} | {row["step"]: seconds for row, seconds in zip(self.train, total, strict=True)}
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}: it must hold an object")
-    return value
-
-
 def _depth(path: Path, rule: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    depth = _object(path)
+    depth = read_object(path)
     if depth.get("rule") != rule or not {"tokens", "layers", "sites"} <= depth.keys():
         raise UserError(f"{path} is not a measurement of this {rule} run; delete it and measure again")
     return depth
@@ -111,8 +98,8 @@ def read_runs(folders: list[Path]) -> list[Run]:
                 path=folder,
                 label=name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})",
                 config=config,
-                env=_object(folder / "env.json"),
-                data=_object(folder / "data.json"),
+                env=read_object(folder / "env.json"),
+                data=read_object(folder / "data.json"),
                 tokenizer=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
                 train=train,
                 val=[row for row in rows if row["kind"] == "val"],

@@ -35,7 +35,7 @@ class ResidualConfig:
                     raise UserError(f"residual.{name} belongs to rule block, but residual.rule is {self.rule}")
         elif self.num_blocks is not None and self.block_size is not None:
             raise UserError("residual.num_blocks and residual.block_size are both given: keep one")
-        if self.eps < 0:
+        if not self.eps >= 0:
             raise UserError(f"residual.eps is {self.eps}: it cannot be negative")
 
 
@@ -95,9 +95,9 @@ class ModelConfig:
                 f"the head width is {self.head_width}: rotary positions need an even one; set model.head_dim"
             )
         for name in ("norm_eps", "embedding_std", "head_std"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor NaN
                 raise UserError(f"model.{name} is {getattr(self, name)}: it cannot be negative")
-        if self.rope_base <= 0:
+        if not self.rope_base > 0:
             raise UserError(f"model.rope_base is {self.rope_base}: it must be positive")
 
     @property

@@ -98,6 +98,8 @@ class RunConfig:
         ):  # fmt: skip
             if not value >= least:
                 raise UserError(f"{name} is {value}: it must be at least {least}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed is {self.seed}: it must be below 2^63")
         for name, rate in (("lr", o.lr), ("muon_lr", o.muon_lr), ("depth_lr", o.depth_lr)):
             if rate is not None and not rate > 0:
                 raise UserError(f"optim.{name} is {rate}: it must be positive")
@@ -155,15 +157,32 @@ def save_config(config: RunConfig, path: Path) -> None:
     temporary.replace(path)
 
 
-def load_config(path: Path) -> RunConfig:
-    """The run config in ``path``; ``UserError`` naming the file and what is wrong in it."""
+def read_json(path: Path) -> Any:
+    """The JSON value in ``path``; ``UserError`` naming the file and what is wrong in it."""
     try:
-        return from_dict(RunConfig, json.loads(path.read_text()))
+        return json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: line {error.lineno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; ``UserError`` as ``read_json``, and for another kind of value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}: it must hold an object")
+    return value
+
+
+def load_config(path: Path) -> RunConfig:
+    """The run config in ``path``; ``UserError`` naming the file and what is wrong in it."""
+    values = read_json(path)
+    try:
+        return from_dict(RunConfig, values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

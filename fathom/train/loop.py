@@ -8,7 +8,7 @@ A run folder describes itself:
     metrics.jsonl    a line a step (train) and a line a validation (val)
     tokenizer.json   so that the run can be sampled from
     checkpoints/     see checkpoint.py
-    summary.json     written at the end: final losses, parameters, tokens, seconds
+    summary.json     written at the end: final losses, parameters, tokens, seconds of training steps
 """
 
 import fcntl
@@ -34,7 +34,7 @@ from fathom.models.accounting import assert_parameters, flops_per_token
 from fathom.models.transformer import Transformer
 from fathom.train import checkpoint
 from fathom.train.checkpoint import Progress
-from fathom.train.config import RunConfig, load_config, save_config
+from fathom.train.config import RunConfig, load_config, read_object, save_config
 from fathom.train.data import SPLITS, Batches, Manifest, TokenShards
 from fathom.train.embedded import embedded
 from fathom.train.environment import environment, peak_flops, pick_device
@@ -114,8 +114,7 @@ class Trainer:
                     shutil.copy(folder / "tokenizer.json", run / "tokenizer.json")
                     # Last, because a run folder is one that has a config.json: a killed start can be told from a run.
                     save_config(config, run / "config.json")
-            recorded = json.loads((run / "data.json").read_text())
-            if recorded.get("tokens_hash") != tokens_hash(shards.manifest):
+            if read_object(run / "data.json").get("tokens_hash") != tokens_hash(shards.manifest):
                 raise UserError(f"{folder} holds other tokens than {run} was trained on; give the original data")
             self.metrics = Metrics(run, config, keep_until=self.progress.step)
         except BaseException:
@@ -126,7 +125,7 @@ class Trainer:
         self.tokens_per_step = config.data.batch * config.model.context
         self.flops_per_token = 3 * sum(flops_per_token(config.model, config.model.context).values())
         self.peak = peak_flops(self.device)
-        self.rates: list[float] = []
+        self.rates, self.seconds = self.metrics.rates, self.metrics.seconds
         self.validation_loss = self.metrics.validation_loss
 
     def _load_newest(self) -> None:
@@ -173,6 +172,7 @@ class Trainer:
             self._require_finite("the loss", loss, step)
             self._require_finite("the gradient norm", grad_norm, step)
             self.rates.append(rate)
+            self.seconds += seconds
             self.metrics.write(
                 "train", step, loss=loss, grad_norm=grad_norm, lr=result.lr,
                 tokens=step * self.tokens_per_step, step_seconds=seconds, tokens_per_second=rate, mfu=self.mfu(rate),
@@ -194,8 +194,8 @@ class Trainer:
         self.validation_loss = loss
         return loss
 
-    def summarize(self, seconds: float) -> dict[str, Any]:
-        """Write and return ``summary.json``; ``seconds`` is how long this process trained."""
+    def summarize(self) -> dict[str, Any]:
+        """Write and return ``summary.json``; its rate and seconds are those of all steps, before a resume too."""
         if math.isnan(self.validation_loss):
             self.validate()
         on_gpu = self.device.type == "cuda"
@@ -206,7 +206,7 @@ class Trainer:
             "parameters": self.num_parameters,
             "val_loss": self.validation_loss,
             "tokens_per_second": statistics.median(self.rates) if self.rates else None,
-            "seconds": seconds,
+            "seconds": self.seconds,
             "peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
         }
         with writing(self.run / "summary.json"):
@@ -238,6 +238,10 @@ class Trainer:
 
 def _claim(run: Path, *, resume: bool) -> TextIO:
     """Make (or, to resume, find) the run folder and lock it for this process."""
+    try:
+        str(run).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"run folder {str(run)!r} has a name that is not UTF-8: checkpoints need one that is") from None
     if resume and not (run / "config.json").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.json")
     if not resume and run.exists() and any(run.iterdir() if run.is_dir() else [run]):
@@ -337,7 +341,7 @@ def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
         if evaluate or save:
             mark = time.perf_counter()
     line.clear()
-    return trainer.summarize(time.perf_counter() - begin)
+    return trainer.summarize()
 
 
 def _wait(device: torch.device) -> None:

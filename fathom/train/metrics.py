@@ -13,6 +13,9 @@ from typing import Any, TextIO
 from fathom.errors import UserError
 from fathom.train.config import RunConfig, to_dict
 
+_KEYS = {"train": {"step", "loss", "tokens", "step_seconds", "tokens_per_second"}, "val": {"step", "loss"}}
+"""What a line of each kind holds at least."""
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -32,6 +35,11 @@ class Metrics:
         kept = [row for row in _rows(self.path) if row["step"] <= keep_until]
         self.validation_loss: float = next((row["loss"] for row in reversed(kept) if row["kind"] == "val"), math.nan)
         """Of the newest validation that was kept."""
+        steps = [row for row in kept if row["kind"] == "train"]
+        self.rates: list[float] = [row["tokens_per_second"] for row in steps]
+        """Tokens per second of every step that was kept."""
+        self.seconds: float = sum(row["step_seconds"] for row in steps)
+        """That all of these took."""
         with writing(self.path):
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -62,9 +70,14 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
         if line.endswith("\n"):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if not _KEYS[row["kind"]] <= row.keys():
+                    raise KeyError
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number} is not valid JSON: {error.msg}") from None
+            except (KeyError, TypeError, AttributeError, ValueError):
+                raise UserError(f"{path}, line {number} is not a metric line") from None
+            rows.append(row)
     return rows
 
 

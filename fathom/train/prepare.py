@@ -75,6 +75,8 @@ class PrepareOptions:
         for key, low in lowest.items():
             if getattr(self, key) < low:
                 raise UserError(f"{key} is {getattr(self, key)}, but must be at least {low}")
+        if self.vocab_size > 2**20:
+            raise UserError(f"vocab_size is {self.vocab_size}, but must be at most {2**20}")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"val_fraction is {self.val_fraction}, but must be between 0 and 1")
 
@@ -151,7 +153,8 @@ def build(
             corpus_hash = spool.corpus_hash()
         (folder / "text.spool").unlink()
         manifest = Manifest(
-            name=options.name or name,
+            # A file's name may be no UTF-8, and a manifest is.
+            name=os.fsencode(options.name or name).decode("utf-8", "replace"),
             corpus_hash=corpus_hash,
             tokenizer_sha256=file_sha256(folder / TOKENIZER),
             vocab_size=tokenizer.get_vocab_size(),

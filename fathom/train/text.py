@@ -14,6 +14,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import zlib
@@ -81,7 +82,7 @@ def describe_source(source: Path) -> dict[str, Any]:
     digest, files = hashlib.sha256(), find_files(source)
     for file in files:
         name = file.path.relative_to(source).as_posix() if file.path != source else file.path.name
-        digest.update(f"{name}\0{file_sha256(file.path)}\n".encode())
+        digest.update(os.fsencode(name) + f"\0{file_sha256(file.path)}\n".encode())
     size = sum(file.path.stat().st_size for file in files)
     return {"kind": "files", "files": len(files), "bytes": size, "identity": digest.hexdigest()}
 

@@ -197,6 +197,9 @@ def test_write_depth_refuses_what_is_not_a_whole_run(run: Path, tmp_path: Path) 
     (run / "data.json").write_text('{"corpus_hash": "other"}')
     with pytest.raises(UserError, match="another corpus"):
         write_depth(run)
+    (run / "data.json").write_text("{")
+    with pytest.raises(UserError, match=r"data\.json is not valid JSON"):
+        write_depth(run)
     (run / "checkpoints" / "step-000007").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="no checkpoint"):
         write_depth(run)

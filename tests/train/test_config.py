@@ -130,6 +130,7 @@ def test_what_is_wrong_is_named_in_one_line(values: Any, message: str, tmp_path:
         (b'{"steps": 3,\n "seed"}', "is not valid JSON: line 2: "),
         (b"", "is not valid JSON: line 1: "),
         (b"\xff\xfe\x00", "is not a text file"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "cannot be read: Exceeds the limit"),
         (None, "cannot be read: No such file or directory"),
     ],
 )

@@ -61,6 +61,13 @@ def test_the_summary_is_that_of_the_run(tiny: Tiny, tmp_path: Path) -> None:
     }
 
 
+def test_the_summary_covers_what_was_before_a_resume(tiny: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    summary = train(tiny(), run)
+    assert resume(run) == summary  # nothing was left to do
+    assert summary["seconds"] == pytest.approx(sum(row["step_seconds"] for row in read_metrics(run) if "mfu" in row))
+
+
 def test_the_run_folder_describes_itself(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = tiny()
@@ -139,6 +146,10 @@ def test_a_damaged_line_is_named(tiny: Tiny, tmp_path: Path) -> None:
     for read in (lambda: read_metrics(tmp_path), lambda: Metrics(tmp_path, tiny(), keep_until=9)):
         with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not "):
             read()
+    for line in ("[1]", "{}", '{"kind": "train", "step": 1}', '{"kind": ["val"]}', "9" * 5000):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 1 is not a metric line"):
+            read_metrics(tmp_path)
     with pytest.raises(UserError, match="it has no metrics"):
         read_metrics(tmp_path / "nowhere")
 

@@ -88,6 +88,13 @@ def test_the_result_does_not_depend_on_workers_or_file_order(tmp_path: Path, mon
     )
 
 
+def test_file_names_need_not_be_utf8(tmp_path: Path):
+    source = folder_of_texts(tmp_path / "caf\udce9")
+    (source / "000.txt").rename(source / "\udcff.txt")
+    manifest = prepare(source, tmp_path / "out", options=OPTIONS)
+    assert manifest.name == "caf\ufffd" and Manifest.load(tmp_path / "out") == manifest
+
+
 def test_a_document_keeps_its_split_as_the_corpus_grows(tmp_path: Path):
     prepare(folder_of_texts(tmp_path / "small", TEXTS[:40]), tmp_path / "a", options=OPTIONS)
     prepare(folder_of_texts(tmp_path / "large"), tmp_path / "b", options=OPTIONS)
