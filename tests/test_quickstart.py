@@ -45,7 +45,8 @@ def test_ctrl_c_saves_both_twins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     step = Trainer.step
 
     def step_and_interrupt(self: Trainer):
-        signal.raise_signal(signal.SIGINT) if self.progress.step == 0 and self.config.model.residual.rule == "prenorm" else None
+        if self.progress.step == 0 and self.config.model.residual.rule == "prenorm":
+            signal.raise_signal(signal.SIGINT)
         return step(self)
 
     monkeypatch.setattr(Trainer, "step", step_and_interrupt)
