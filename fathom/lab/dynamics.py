@@ -26,6 +26,7 @@ from fathom.train.config import load_config, read_object
 from fathom.train.data import Batches, TokenShards
 from fathom.train.environment import pick_device
 from fathom.train.loop import data_folder
+from fathom.train.metrics import writing
 
 DEFINITIONS = {
     "output_magnitude": (
@@ -172,6 +173,7 @@ def write_depth(run: Path, *, sequences: int = 32, device: str = "auto") -> Path
     depth = {"step": progress.step, **measure_depth(model, batches)}
     path = run / "depth.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(depth, indent=2) + "\n")
-    temporary.replace(path)
+    with writing(path):
+        temporary.write_text(json.dumps(depth, indent=2) + "\n")
+        temporary.replace(path)
     return path

@@ -170,7 +170,7 @@ def build(
 
 def sample_documents(folder: Path, count: int, seed: int) -> list[str]:
     """Up to `count` training documents, found at random tokens: long ones come up more often, as in training."""
-    shards = TokenShards(folder, "train", verify=False)
+    shards = TokenShards(folder, "train")
     tokenizer = Tokenizer.from_file(str(Path(folder) / TOKENIZER))
     rng = np.random.default_rng(seed)
     texts: dict[str, None] = {}

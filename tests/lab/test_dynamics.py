@@ -189,6 +189,12 @@ def test_write_depth_measures_the_checkpoint(run: Path) -> None:
     assert depth["sites"][-1]["entropy_nats"] < math.log(3) - 0.01
 
 
+def test_a_run_that_cannot_be_written_to_is_named(run: Path) -> None:
+    (run / "depth.tmp").mkdir()
+    with pytest.raises(UserError, match=r"depth\.json could not be written"):
+        write_depth(run, sequences=1, device="cpu")
+
+
 def test_write_depth_refuses_what_is_not_a_whole_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a run folder"):
         write_depth(tmp_path / "nothing")

@@ -462,6 +462,9 @@ def test_samples_are_whole_documents(tmp_path: Path):
     assert len(samples) == len(set(samples)) == 10
     assert set(samples) <= set(decoded(out, "train"))
     assert sample_documents(out, 10, seed=1) == samples != sample_documents(out, 10, seed=2)
+    (out / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json was altered"):
+        sample_documents(out, 10, seed=1)
 
 
 def test_the_embedded_dataset(tmp_path: Path):
