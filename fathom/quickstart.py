@@ -5,6 +5,7 @@ The twins share their initial weights and their batches, and their learning rate
 """
 
 import json
+import shlex
 import statistics
 import time
 from contextlib import ExitStack, closing
@@ -150,7 +151,11 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
         )
     console.print(f"[bold]{winner}[/bold] continues:", end=" ")
     console.print(PROMPT + _sample(out / winner, device), markup=False)
-    console.print(f"Report: {report}   Sample more: fathom sample {out / winner} --prompt 'The people of'")
+    # To be copied: not wrapped, and a bracket in a path is no markup.
+    run = shlex.quote(str(out / winner))
+    console.print(
+        f"Report: {report}\nSample more: fathom sample {run} --prompt 'The people of'", markup=False, soft_wrap=True
+    )
     return {"prenorm": prenorm, "block": block, "gain": gain, "identity": {"loss": loss_error, "gradients": gradient_error},
             "report": str(report)}  # fmt: skip
 

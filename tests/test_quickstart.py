@@ -23,13 +23,15 @@ def test_the_quick_start_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureF
     for words in ("validation loss", "median step", "parameters", "At zero queries", "Report:"):
         assert words in printed
     assert result["block"]["parameters"] - result["prenorm"]["parameters"] == 2 * 25 * 64
+    winner = "block" if result["gain"] > 0 else "prenorm"
+    assert f"fathom sample {tmp_path / 'run' / winner} --prompt 'The people of'\n" in printed  # one line, to be copied
     assert result["gain"] == result["prenorm"]["val_loss"] - result["block"]["val_loss"]
     for rule in ("prenorm", "block"):
         rows = [json.loads(line) for line in (tmp_path / "run" / rule / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3]
         assert (tmp_path / "run" / rule / "depth.json").exists()
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "<svg" in page
+    assert "data:image/svg+xml" in page
     # Both saw the same first batch with the same weights, and zero queries make them one function.
     first = [
         json.loads((tmp_path / "run" / r / "metrics.jsonl").read_text().splitlines()[0]) for r in ("prenorm", "block")
