@@ -145,8 +145,9 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
     published = published_seeds()
     if options.steps == published["steps"]:
         low, high = published["gain_interval_90"]
+        seeds, spreads = len(published["block"]), [_spread(published[rule]) for rule in RULES]
         console.print(
-            f"Three seeds of this configuration: PreNorm {_spread(published['prenorm'])}, Block {_spread(published['block'])}; "
+            f"{seeds} seeds of this configuration: PreNorm {spreads[0]}, Block {spreads[1]}; "
             f"paired gain {published['gain']:.3f}, 90 % interval {low:.3f} to {high:.3f}."
         )
     console.print(f"[bold]{winner}[/bold] continues:", end=" ")

@@ -76,7 +76,9 @@ def lr_share(config: OptimConfig, step: int, steps: int) -> float:
     if config.schedule == "cosine":
         progress = (step - config.warmup) / max(1, steps - 1 - config.warmup)
         return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    decay_steps = max(1, round(config.decay_fraction * steps))
+    decay_steps = round(config.decay_fraction * steps)
+    if decay_steps == 0:
+        return 1.0
     return 1 - (1 - config.final_lr) * max(0, step + 1 - (steps - decay_steps)) / decay_steps
 
 
