@@ -23,15 +23,6 @@ TOKENIZER = Path(fathom.__path__[0]) / "assets" / "sotu-tokenizer.json"
 TINY = ModelConfig(vocab_size=8, context=6, dim=16, num_layers=2, num_heads=2, head_std=2.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine make tiny tensors a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 logit_lists = st.lists(st.integers(-400, 400).map(lambda i: i / 10), min_size=1, max_size=30, unique=True)
 
 
