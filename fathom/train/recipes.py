@@ -16,13 +16,14 @@ def debian_50m() -> RunConfig:
     """24 decoder layers of width 384 on the Debian documentation (`fathom data prepare debian-docs`), for one GPU."""
     return RunConfig(
         model=ModelConfig(context=1024, dim=384, num_layers=24, num_heads=6),
-        data=DataConfig(folder="data/debian-docs", batch=64),
-        optim=OptimConfig(lr=3e-3, warmup=100),
-        steps=700,
-        eval_every=100,
+        data=DataConfig(folder="data/debian-docs", batch=16),
+        optim=OptimConfig(lr=2e-3, warmup=200),
+        steps=3000,
+        eval_every=250,
+        checkpoint_every=1000,
         precision="bf16",
         compile="model",
-        log_every=10,
+        log_every=25,
     )
 
 
