@@ -2,7 +2,8 @@
 
 A figure is 4.4 inches (317 points) wide with type of 9 to 10 points: legible on a phone at the phone's full width, and two
 stand side by side on a desk. Colour tells the residual rule (Okabe and Ito's palette, distinct in the common deficiencies of
-colour vision), the marker tells it again, and the dash pattern tells runs of one rule apart.
+colour vision), the marker tells it again, and the dash pattern tells runs of one rule apart. Paper and ink follow the
+reader's light or dark colour scheme.
 """
 
 import io
@@ -16,14 +17,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 
 from fathom.lab.runs import Run
 
-COLOURS = {"prenorm": "#6b6b6b", "block": "#0072b2", "full": "#d55e00"}
+COLOURS = {"prenorm": "#7a7a7a", "block": "#0072b2", "full": "#d55e00"}
 MARKERS = {"prenorm": "o", "block": "s", "full": "^"}
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 POINTS = 300
+INK = "#1d1f21"
+SCHEMES = (
+    "<style>svg { background: #ffffff; color: " + INK + " } "
+    "@media (prefers-color-scheme: dark) { svg { background: #1d2125; color: #e8e8e4 } }</style>"
+)
+"""Paper and ink of an SVG document: the card's and the text's of the report's page."""
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -32,12 +39,18 @@ _STYLE: dict[Any, Any] = {
     "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.edgecolor": "#7a7a7a",
+    "axes.facecolor": "none",
     "axes.grid": True,
-    "grid.color": "#e3e3e3",
+    "grid.color": "#808080",
+    "grid.alpha": 0.22,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "figure.facecolor": "white",
+    "figure.facecolor": "none",
     "svg.hashsalt": "fathom",
 }
 
@@ -67,11 +80,11 @@ def _axes(title: str, height: float = 3.2) -> Iterator[tuple[Figure, Axes]]:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG document; the same figure gives the same text."""
+    """The figure as an SVG document, light or dark as its reader is; the same figure gives the same text."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    return buffer.getvalue().replace(INK, "currentColor").replace("<defs>", SCHEMES + "\n <defs>", 1)
 
 
 def thin(x: Iterable[float], y: Iterable[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -125,10 +138,10 @@ def depth_map(depth: dict[str, Any], kind: Literal["attention", "mlp"], label: s
     what = {"attention": "attention", "mlp": "MLP"}[kind]
     with _axes(f"What {what} sublayers read: {label}", height=min(6.5, 1.6 + 0.22 * len(rows))) as (figure, axes):
         axes.grid(False)
-        axes.set_facecolor("#f1f1f1")
+        axes.set_facecolor("#80808028")
         mesh = axes.pcolormesh(
             np.ma.masked_invalid(grid), cmap="viridis", norm=PowerNorm(0.5, 0, 1),
-            edgecolors="white", linewidth=0.4 if num_sources < 40 else 0, rasterized=grid.size > 2000,
+            rasterized=grid.size > 2000,
         )  # fmt: skip
         partial = [
             (len(row["sources"]) - 0.5, y + 0.5) for y, row in enumerate(rows) if row["sources"][-1] == "partial"
@@ -137,7 +150,7 @@ def depth_map(depth: dict[str, Any], kind: Literal["attention", "mlp"], label: s
             axes.plot(
                 *zip(*partial, strict=True), linestyle="none", marker=".", color="white", ms=6, mec="black", mew=0.5
             )
-        axes.axhline(len(rows) - 1, color="#333333", lw=1)
+        axes.axhline(len(rows) - 1, color=INK, lw=1)
         axes.set_ylim(len(rows), 0)
         every = -(-len(rows) // 20)
         layers = range(0, len(rows) - 1, every)
@@ -175,6 +188,8 @@ def magnitude_figure(runs: list[Run], quantity: Literal["output_magnitude", "gra
             axes.set_yscale("log")
             if axes.get_ylim()[1] < 20 * axes.get_ylim()[0]:
                 # Under a decade or so powers of ten alone would leave the axis without numbers.
+                axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+                axes.yaxis.set_major_formatter(ScalarFormatter())
                 axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("decoder layer")

@@ -289,6 +289,32 @@ def test_curves_are_the_metrics_and_colour_tells_the_rule(made: Path) -> None:
     assert (runs[0].depth or {})["layers"][2]["gradient_magnitude"] == gradient.lines[0].get_ydata()[2]
 
 
+def contrast(one: str, other: str) -> float:
+    """Of two colours #rrggbb, as WCAG 2 defines it: 1 to 21."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_figures_follow_the_readers_colour_scheme(made: Path) -> None:
+    runs = read_runs(folders(made))
+    drawn = [figures.loss_figure(runs, "steps"), figures.depth_map(runs[1].depth or {}, "mlp", "block")]
+    for text in map(figures.svg, drawn):
+        schemes = re.findall(r"background: (#\w{6}); color: (#\w{6})", text)
+        assert len(schemes) == 2 and text.count("@media (prefers-color-scheme: dark)") == 1
+        for paper, ink in schemes:
+            assert contrast(paper, ink) > 7
+            assert all(contrast(paper, colour) >= 3 for colour in figures.COLOURS.values())
+        words = [element for element in ET.fromstring(text).iter() if element.get("id", "").startswith("text_")]
+        assert len(words) > 10 and all("fill: currentColor" in ET.tostring(word, "unicode") for word in words)
+        assert figures.INK not in text.replace(figures.SCHEMES, "") and 'style="fill: #ffffff"' not in text
+
+
 def test_drawing_changes_no_global_settings(made: Path) -> None:
     with matplotlib.rc_context({"font.size": 33, "axes.grid": False}):
         before = dict(matplotlib.rcParams)
