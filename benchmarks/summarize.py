@@ -4,21 +4,20 @@
 
 ``median`` is a median over ``n`` logged stretches of steps, with the lowest and the highest beside it. Metrics that hold
 something else say so in their name: ``mean_val_loss`` over seeds (lowest and highest seed beside it), ``mean_gain`` over
-pairs of one seed (with the 90 % interval of the mean by Student's t), ``lowest_val_loss`` over learning rates.
+pairs of one seed (with the 90 % interval of the mean by Student's t), ``gain`` of one pair (no interval),
+``lowest_val_loss`` over learning rates.
 """
 
+import itertools
 import json
 import math
 import statistics
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from fathom.train.metrics import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
-MACHINE = "one NVIDIA H200"
-VERSIONS = {"python": "3.12.3", "torch": "2.11.0+cu130", "cuda": "13.0"}
 
 Rows = list[dict[str, Any]]
 
@@ -104,28 +103,75 @@ def tuning() -> Rows:
     return rows
 
 
+DEBIAN = RESULTS / "2026-11-22_debian-50m"
+FIRST_CALLS = {"prenorm": {1}, "block": {1, 2540}}
+"""The steps of the twins that began a process and so waited for the compiler: Block was stopped and resumed once."""
+
+
+def validations(lines: Rows) -> list[tuple[float, float]]:
+    """(tokens, loss) of each validation."""
+    return [(line["tokens"], line["loss"]) for line in lines if line["kind"] == "val"]
+
+
+def tokens_at(loss: float, curve: list[tuple[float, float]]) -> float:
+    """The tokens after which a falling validation curve first reaches ``loss``, on straight lines between its points."""
+    for (tokens, above), (later, below) in itertools.pairwise(curve):
+        if above > loss >= below:
+            return tokens + (later - tokens) * (above - loss) / (above - below)
+    raise ValueError(f"no validation is as low as {loss}")
+
+
 def debian_50m() -> Rows:
-    """The 50M runs: speed after the first step, and validation losses at equal steps."""
+    """The 50M runs: the tuning of PreNorm's rate, then both rules' speed and validation losses at equal steps."""
     rows: Rows = []
-    arms = {"prenorm": "prenorm", "block": "block", "block-compile-layers": "block-second"}
-    speeds: dict[str, list[float]] = {}
-    metrics = {arm: read_metrics(RESULTS / "2026-11-22_debian-50m" / folder) for arm, folder in arms.items()}
+    first_calls = []
+    for lr in ("5e-4", "1e-3", "2e-3", "4e-3"):
+        lines = read_metrics(DEBIAN / "tune" / lr / "prenorm")
+        first_calls += [lines[0]["step_seconds"]]
+        last = [line["loss"] for line in lines if line["kind"] == "val"][-1:]
+        rows += [row(f"lr {lr}, step 1000", "prenorm", "tuning_val_loss", "nats per token", last)]
+    rows += [row("tuning, four at once", "prenorm", "first_call_s", "s", first_calls)]
+
+    speeds: dict[str, float] = {}
+    metrics = {arm: read_metrics(DEBIAN / arm) for arm in FIRST_CALLS}
     for arm, lines in metrics.items():
         train = [line for line in lines if line["kind"] == "train"]
         # Steps that were logged together share one time: each stretch counts once.
-        stretches = [next(group) for _, group in groupby(train[1:], key=lambda line: line["step_seconds"])]
-        speeds[arm] = [line["tokens_per_second"] for line in stretches]
-        ratio = statistics.median(speeds[arm]) / statistics.median(speeds["prenorm"])
-        rows += [row("debian-50m", arm, "tokens_per_s", "tokens/s", speeds[arm], over_prenorm=ratio)]
+        later = [line for line in train if line["step"] not in FIRST_CALLS[arm]]
+        stretches = [next(group) for _, group in itertools.groupby(later, key=lambda line: line["step_seconds"])]
+        found = [line["tokens_per_second"] for line in stretches]
+        speeds[arm] = statistics.median(found)
+        ratio = speeds[arm] / speeds["prenorm"]
+        rows += [row("debian-50m", arm, "tokens_per_s", "tokens/s", found, over_prenorm=ratio)]
         rows += [row("debian-50m", arm, "mfu", "%", [100 * line["mfu"] for line in stretches])]
-        rows += [row("debian-50m", arm, "first_call_s", "s", [train[0]["step_seconds"]])]
-    summary = json.loads((RESULTS / "2026-11-22_debian-50m" / "prenorm" / "summary.json").read_text())
-    rows += [row("debian-50m", "prenorm", "peak_gib", "GiB", [summary["peak_gib"]])]
-    for arm, case in (("prenorm", "step"), ("block", "step"), ("block-compile-layers", "other corpus, step")):
-        for line in metrics[arm]:
+        rows += [
+            row(f"step {line['step']}, compiled before", arm, "first_call_s", "s", [line["step_seconds"]])
+            for line in train
+            if line["step"] in FIRST_CALLS[arm]
+        ]
+        peak = json.loads((DEBIAN / arm / "summary.json").read_text())["peak_gib"]
+        rows += [row("debian-50m", arm, "peak_gib", "GiB", [peak])]
+        for line in lines:
             if line["kind"] == "val":
-                rows += [row(f"{case} {line['step']}", arm, "val_loss", "nats per token", [line["loss"]])]
+                rows += [row(f"step {line['step']}", arm, "val_loss", "nats per token", [line["loss"]])]
+
+    prenorm, block = (validations(metrics[arm]) for arm in ("prenorm", "block"))
+    (tokens, loss), (_, lower) = prenorm[-1], block[-1]
+    fewer = tokens_at(loss, block)
+    rows += [row("to PreNorm's last loss", "prenorm", "tokens", "tokens", [tokens], over_prenorm=1.0)]
+    rows += [row("to PreNorm's last loss", "block", "tokens", "tokens", [fewer], over_prenorm=fewer / tokens)]
+    seconds = {"prenorm": tokens / speeds["prenorm"], "block": fewer / speeds["block"]}
+    for arm, value in seconds.items():
+        ratio = value / seconds["prenorm"]
+        rows += [row("to PreNorm's last loss", arm, "seconds", "s", [value], over_prenorm=ratio)]
+    rows += [row("debian-50m", "block", "gain", "nats per token", [loss - lower])]
     return rows
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    """Machine and versions as a run wrote them down."""
+    env = json.loads((run / "env.json").read_text())
+    return {"machine": f"one {env['machine']}", "versions": {key: env[key] for key in ("python", "torch", "cuda")}}
 
 
 RESULT_FILES: dict[str, dict[str, Any]] = {
@@ -133,16 +179,15 @@ RESULT_FILES: dict[str, dict[str, Any]] = {
         "name": "quickstart-tuning",
         "date": "2026-11-22",
         "command": "python benchmarks/quickstart_sweep.py explore (then: depth seeds) --out OUT --gpu-workers 12 --minutes 5",
-        "machine": f"{MACHINE}, shared by 7 to 13 of these runs at a time; some runs on its CPU (device, in each row)",
-        "versions": VERSIONS,
+        "machine": "one NVIDIA H200, shared by 7 to 13 of these runs at a time; some runs on its CPU (device, in each row)",
+        "versions": {"python": "3.12.3", "torch": "2.11.0+cu130", "cuda": "13.0"},
         "rows": tuning,
     },
     "2026-11-22_debian-50m": {
         "name": "debian-50m",
         "date": "2026-11-22",
-        "command": "python benchmarks/twins.py debian-50m --data data/debian-docs-75M --out OUT",
-        "machine": MACHINE,
-        "versions": VERSIONS,
+        "command": "python benchmarks/twins.py debian-50m --data data/debian-docs-75M --lr 2e-3 --out OUT/twins",
+        **recorded(DEBIAN / "prenorm"),
         "rows": debian_50m,
     },
 }

@@ -121,6 +121,16 @@ def test_sentences_about_the_quick_start_are_its_result(page: Path) -> None:
     assert f"{low:.3f} to {high:.3f}" in text
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/log.md", "benchmarks/results/2026-11-22_debian-50m/README.md"])
+def test_sentences_about_55m_parameters_are_its_result(page: str) -> None:
+    rows = json.loads((RESULTS / "2026-11-22_debian-50m/result.json").read_text())["rows"]
+    (gain,) = (row for row in rows if row["metric"] == "gain")
+    text = " ".join((ROOT / page).read_text().split())
+    assert (
+        re.search(rf"{gain['median']:.3f} (nats per token )?lower", text) and "in one seed" in text and gain["n"] == 1
+    )
+
+
 def test_the_picture_is_of_the_committed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = benchmark("picture", monkeypatch)
     for file, drawn in runs.pictures().items():
