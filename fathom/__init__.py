@@ -7,6 +7,8 @@ The equation itself is ``fathom.depth_attention.depth_attention``: the function 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from fathom.block import BlockAttnRes as BlockAttnRes
     from fathom.block import block_starts as block_starts
@@ -19,12 +21,12 @@ if TYPE_CHECKING:
     from fathom.residuals import make_stream as make_stream
     from fathom.stream import PreNorm as PreNorm
     from fathom.stream import Stream as Stream
-    from fathom.two_phase import inter_block as inter_block
+    from fathom.kernels import inter_block as inter_block
     from fathom.two_phase import merge as merge
 
 _HOME = {
     "depth_attention_weights": "fathom.depth_attention",
-    "inter_block": "fathom.two_phase",
+    "inter_block": "fathom.kernels",
     "merge": "fathom.two_phase",
     "Stream": "fathom.stream",
     "PreNorm": "fathom.stream",

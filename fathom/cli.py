@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from fathom import __version__
 from fathom.errors import UserError
 
 
@@ -60,6 +61,10 @@ COMMANDS = {
     "bench": Command(
         "Time the training step of every residual rule against PreNorm, in turns, once they agree.",
         "fathom bench --model.dim 128 --batch 4",
+    ),
+    "sweep": Command(
+        "Train every run of a sweep (grid and seeds), several side by side, or continue one that was stopped.",
+        "fathom sweep seeds --seeds 3 --out runs/seeds",
     ),
 }
 
@@ -111,9 +116,7 @@ def _run(args: list[str]) -> int:
         print(_help(COMMANDS))
         return 0
     if args[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"fathom {version('fathom-attnres')}")
+        print(f"fathom {__version__}")
         return 0
     name, rest = _find(args)
     if name not in COMMANDS:  # a group of commands, such as data

@@ -159,8 +159,9 @@ class TokenShards:
     Args:
         folder: the dataset.
         split: "train" or "val".
-        verify: compare every shard and the tokenizer with the sha256 in the manifest (about 1 s per GB); sizes are
-            always compared. A file that is missing, truncated or altered is a `UserError` that names it.
+        verify: compare every shard and the tokenizer with the sha256 in the manifest, and the tokens with the size of
+            its vocabulary (about 1 s per GB); sizes are always compared. A file that is missing, truncated or altered
+            is a `UserError` that names it.
     """
 
     def __init__(self, folder: Path, split: str, *, verify: bool = True) -> None:
@@ -175,6 +176,11 @@ class TokenShards:
             path = self.folder / shard.file
             self._check(path, shard.sha256 if verify else None, shard.tokens * dtype.itemsize)
             self._maps.append(np.memmap(path, dtype, mode="r", shape=(shard.tokens,)))
+            if verify and (largest := int(self._maps[-1].max())) >= self.manifest.vocab_size:
+                raise UserError(
+                    f"{path} holds token {largest}, beyond vocab_size {self.manifest.vocab_size} in {MANIFEST}: that "
+                    "was altered; prepare or unpack the dataset again"
+                )
         if verify:
             self._check(self.folder / TOKENIZER, self.manifest.tokenizer_sha256)
         self._ends = np.cumsum([shard.tokens for shard in shards])

@@ -18,7 +18,6 @@ import bz2
 import gzip
 import hashlib
 import logging
-import multiprocessing
 import posixpath
 import re
 import shutil
@@ -28,7 +27,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -39,8 +37,9 @@ from fathom.errors import UserError
 from fathom.train.data import file_sha256
 from fathom.train.markup import html_text, info_text, man_text, plain_text
 from fathom.train.prepare import PrepareOptions
-from fathom.train.spool import cores, drop_seen_paragraphs, in_order
+from fathom.train.spool import drop_seen_paragraphs
 from fathom.train.text import Document
+from fathom.train.workers import cores, in_order, processes
 
 _log = logging.getLogger(__name__)
 MIN_CHARS, MIN_LETTERS, MIN_STOP_WORDS, MIN_NEW = 300, 0.62, 0.12, 0.5
@@ -132,8 +131,7 @@ class DebianDocs:
     def documents(self) -> Iterator[Document]:
         """The kept documents, package after package."""
         seen: set[bytes] = set()
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.workers, mp_context=context) as pool:
+        with processes(self.workers) as pool:
             debs = [deb for package in self.packages if (deb := find_deb(self.folder, package)) is not None]
             extracted = in_order(lambda deb: pool.submit(extract, deb), debs, 2 * self.workers)
             for package, (licence, files) in zip(self.packages, extracted, strict=True):

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+from fathom import __version__
 from fathom.errors import UserError
-from fathom.train.data import SPLITS, TokenShards
+from fathom.train.data import FORMAT, SPLITS, TokenShards
 from fathom.train.prepare import PrepareOptions, build
 from fathom.train.text import Document
 
@@ -36,7 +37,9 @@ def embedded(cache: Path | None = None) -> Path:
         cache: parent folder; `$XDG_CACHE_HOME/fathom` or `~/.cache/fathom` by default, and a temporary one if that is
             not writable.
     """
-    identity = hashlib.sha256(_TEXT.read_bytes() + _TOKENIZER.read_bytes()).hexdigest()
+    # The code that makes it counts too: another version may cut shards elsewhere or write another manifest.
+    made_by = f"{FORMAT} {__version__}".encode()
+    identity = hashlib.sha256(_TEXT.read_bytes() + _TOKENIZER.read_bytes() + made_by).hexdigest()
     if cache is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fathom"
     folder = Path(cache) / f"sotu-{identity[:12]}"

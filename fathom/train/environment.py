@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fathom import __version__
 from fathom.errors import UserError
 
 # Dense bf16 peak of a GPU in FLOP/s (vendors' data sheets), for model FLOPs utilisation. Matched by the start of a word.
@@ -61,6 +62,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "machine": machine(device),
         "platform": platform.platform(),
+        "fathom": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,

@@ -27,7 +27,8 @@ from typing import IO, cast
 from fathom.errors import UserError
 from fathom.train.data import SPLITS, TOKENIZER, Manifest, TokenShards
 from fathom.train.prepare import staging
-from fathom.train.spool import Progress, cores, in_order
+from fathom.train.spool import Progress
+from fathom.train.workers import cores, in_order
 
 _MAGIC = b"fathom-pack-1\n"
 _PIECE = 32 << 20  # compressed on its own, so that all cores work; smaller pieces pack worse

@@ -1,6 +1,7 @@
 """Text in, token shards out: `fathom data prepare SOURCE OUT`.
 
-    read    documents are normalised and exact duplicates dropped; the text is spooled to one temporary file
+    read    files are read in processes and documents taken in the order of the files; they are normalised and exact
+            duplicates dropped; the text is spooled to one temporary file
     order   documents are put in the order of their sha256: a uniform shuffle that needs no seed. Those below
             `val_fraction` of the hash range are held out, so a document's split never changes as the corpus grows
     learn   byte-level BPE from the first `sample_mb` of training text, or an existing tokenizer.json
@@ -28,9 +29,10 @@ from tokenizers import Tokenizer
 
 from fathom.errors import UserError
 from fathom.train.data import SPLITS, TOKENIZER, DType, Manifest, TokenShards, file_sha256
-from fathom.train.spool import Spool, cores
+from fathom.train.spool import Spool
 from fathom.train.text import Document, describe_source, read_documents
 from fathom.train.tokenizer import Encoder, load_tokenizer, train_tokenizer
+from fathom.train.workers import cores
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +106,11 @@ def prepare(source: Path | str, out: Path, *, options: PrepareOptions) -> Manife
             return build(corpus.documents(), out, options, name="debian-docs", source=corpus.source)
     source = Path(source)
     documents = read_documents(
-        source, field=options.field, chunk_kib=options.chunk_kib, invalid_utf8=options.invalid_utf8
+        source,
+        field=options.field,
+        chunk_kib=options.chunk_kib,
+        invalid_utf8=options.invalid_utf8,
+        workers=options.workers or cores(),
     )
     return build(documents, out, options, name=source.name, source=describe_source(source))
 

@@ -7,17 +7,14 @@ source is read once, any number of threads can encode, and memory holds some 200
 import contextlib
 import hashlib
 import mmap
-import os
 import sys
 import time
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +22,7 @@ from fathom.errors import UserError
 from fathom.train.data import SPLITS, DType, Shard, file_sha256
 from fathom.train.text import Document
 from fathom.train.tokenizer import Encoder
+from fathom.train.workers import in_order
 
 CHUNK_BYTES = 1 << 20  # text that one task encodes; part of the format, as shards end where chunks end
 
@@ -165,21 +163,6 @@ def drop_seen_paragraphs(text: str, seen: set[bytes], at_least: int = 80) -> str
     return "\n\n".join(kept).strip("\n")
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def in_order(submit: Callable[[Item], Future[Result]], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """Results of the submitted items in their order, with at most `ahead` of them in memory."""
-    waiting: deque[Future[Result]] = deque()
-    for item in items:
-        waiting.append(submit(item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 class Progress:
     """One line on a terminal's stderr, rewritten a few times a second; nothing elsewhere."""
 
@@ -201,8 +184,3 @@ class Progress:
             of = f" of {self._total:,.0f}" if self._total else ""
             sys.stderr.write(f"\r\x1b[K{self._what}: {done:,.0f}{of} {self._unit}")
             sys.stderr.flush()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -99,6 +99,18 @@ def test_a_folder_without_manifest(tmp_path: Path):
 # Shards
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_vocabulary_smaller_than_the_tokens_is_one_line(dataset: Path, split: str):
+    edit_manifest(dataset, lambda manifest: manifest.update(vocab_size=101, eos_id=0))
+    TokenShards(dataset, "train")
+    edit_manifest(dataset, lambda manifest: manifest.update(vocab_size=100))
+    with pytest.raises(
+        UserError, match=r"train-\d+\.bin holds token 100, beyond vocab_size 100 in manifest\.json"
+    ) as error:
+        TokenShards(dataset, "train")
+    assert "\n" not in str(error.value)
+
+
 def test_read_crosses_shard_borders(dataset: Path):
     shards = TokenShards(dataset, "train")
     whole = shards.read(0, 100)

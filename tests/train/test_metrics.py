@@ -6,11 +6,13 @@ import os
 import statistics
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
+import fathom
 from fathom.errors import UserError
 from fathom.models.accounting import parameters
 from fathom.train import environment as environment_module
@@ -89,6 +91,7 @@ def test_the_environment_names_versions_code_and_backend(tiny: Tiny, tmp_path: P
     found = json.loads((tmp_path / "run" / "env.json").read_text())
     assert found == environment(torch.device("cpu"))
     assert found["torch"] == torch.__version__ and found["python"] == sys.version.split()[0]
+    assert found["fathom"] == fathom.__version__ == version("fathom-attnres")
     assert found["backend"] == "reference" and found["cuda"] is None and found["threads"] == torch.get_num_threads()
     root = Path(environment_module.__file__).parent
     head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -100,6 +103,7 @@ def test_without_git_the_environment_says_nothing_of_it(monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", "")
     found = environment(torch.device("cpu"))
     assert (found["git_commit"], found["git_changed"]) == (None, None)
+    assert found["fathom"] == fathom.__version__
 
 
 def test_devices() -> None:
