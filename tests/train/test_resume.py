@@ -133,10 +133,10 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_newest_whole_checkpoint(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_line_says_how_to_go_on(number: signal.Signals, tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "a run"
-    process = command_line(tiny(steps=100_000), run)
-    wait_until(lambda: (run / "metrics.jsonl").exists() and len(numbers(run)) > 2)
-    process.send_signal(number)
-    out, error = process.communicate(timeout=60)
+    with command_line(tiny(steps=100_000), run) as process:
+        wait_until(lambda: (run / "metrics.jsonl").exists() and len(numbers(run)) > 2)
+        process.send_signal(number)
+        out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     told = re.fullmatch(r"fathom train: stopped after step (\d+); saved (.*); go on with `(.*)`\n", error)
     assert told is not None and shlex.split(told[3]) == ["fathom", "train", "--resume", str(run)]
@@ -149,33 +149,47 @@ def test_a_signal_saves_and_the_line_says_how_to_go_on(number: signal.Signals, t
 def test_a_second_ctrl_c_ends_at_once(tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # One step of this takes minutes: the first Ctrl-C waits for its end, the second does not.
-    process = command_line(tiny(data={"batch": 1_000_000, "micro_batch": 1}), run)
-    wait_until(lambda: (run / "metrics.jsonl").exists())
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.communicate(timeout=1)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20) == ("", "fathom: interrupted\n")
+    with command_line(tiny(data={"batch": 1_000_000, "micro_batch": 1}), run) as process:
+        wait_until(lambda: (run / "metrics.jsonl").exists())
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=1)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20) == ("", "fathom: interrupted\n")
     assert process.returncode == 130 and checkpoints(run) == []
 
 
-def command_line(config: RunConfig, run: Path, *, limit: int | None = None) -> subprocess.Popen[str]:
-    """`fathom train` of a tiny config, in a process that may write files of at most ``limit`` bytes."""
+@contextlib.contextmanager
+def command_line(config: RunConfig, run: Path, *, limit: int | None = None) -> Iterator[subprocess.Popen[str]]:
+    """`fathom train` of a tiny config, in a process that may write files of at most ``limit`` bytes and is killed at the end."""
     flags = f"""
         --device cpu --steps {config.steps} --data.folder {config.data.folder} --data.batch {config.data.batch}
         --data.micro-batch {config.data.micro_batch} --model.dim 16 --model.num-layers 2 --model.context 32
         --eval-every 4 --eval-sequences 3 --checkpoint-every {config.checkpoint_every} --optim.warmup 2"""
     arguments = [*FATHOM, "train", "quick", "--out", str(run), *shlex.split(flags)]
     preexec = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return subprocess.Popen(
+    with subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=preexec,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_failing_test_leaves_no_process(tiny: Tiny, tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match="as a test does"),
+        command_line(tiny(steps=100_000), tmp_path / "run") as process,
+    ):
+        raise AssertionError("as a test does")
+    assert process.returncode == -signal.SIGKILL
 
 
 @contextlib.contextmanager
@@ -247,7 +261,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_good(tiny: Tiny, tmp_path: Pa
 
 
 def test_a_full_disk_is_one_line_of_the_command(tiny: Tiny, tmp_path: Path) -> None:
-    process = command_line(tiny(), tmp_path / "run", limit=50_000)
-    out, error = process.communicate(timeout=60)
+    with command_line(tiny(), tmp_path / "run", limit=50_000) as process:
+        out, error = process.communicate(timeout=60)
     assert (process.returncode, out, error.count("\n")) == (2, "", 1)
     assert error.startswith(f"fathom: checkpoint {tmp_path}/run/checkpoints/step-000004 could not be written")
