@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from fathom.depth_attention import depth_attention_weights as depth_attention_weights
     from fathom.errors import UserError as UserError
     from fathom.full import FullAttnRes as FullAttnRes
+    from fathom.kernels import inter_block as inter_block
     from fathom.models.config import ModelConfig as ModelConfig
     from fathom.models.config import ResidualConfig as ResidualConfig
     from fathom.models.transformer import Transformer as Transformer
     from fathom.residuals import make_stream as make_stream
     from fathom.stream import PreNorm as PreNorm
     from fathom.stream import Stream as Stream
-    from fathom.kernels import inter_block as inter_block
     from fathom.two_phase import merge as merge
 
 _HOME = {

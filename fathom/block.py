@@ -10,15 +10,16 @@ The L sublayers are cut into N blocks of S. Inside a block outputs are added; ac
 The embedding is always a source of its own. S = 1 is Full AttnRes; N = 1 is the plain residual sum with the embedding kept apart.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fathom.depth_attention import EPS, depth_attention, depth_attention_weights
+from fathom.depth_attention import EPS, depth_attention_weights
 from fathom.errors import UserError
-from fathom.stream import Norm, Stream
-from fathom.two_phase import as_partial, inter_block, merge
+from fathom.kernels import inter_block, read, update_read
+from fathom.stream import Norm, Stream, norm_parts
 
 Schedule = Literal["two_phase", "single_pass"]
 
@@ -46,11 +47,13 @@ class BlockState(NamedTuple):
     bank: tuple[Tensor, ...]
     """b_0 .. b_{n-1}, each [..., D]."""
     partial: Tensor | None
-    """b_n^i [..., D]; None at a block's start."""
-    out: Tensor | None
-    """Phase 1 of the current block [..., S, D]; None under the single-pass schedule."""
-    lse: Tensor | None
-    """Its log-denominators [..., S]."""
+    """b_n^i [..., D], or b_n^{i-1} while an output is pending; None at a block's start."""
+    pending: Tensor | None
+    """The latest output, which the next read adds to the partial sum; None where it is added already."""
+    out: tuple[Tensor, ...]
+    """Phase 1 of the current block: its S reads, each [..., D]; empty at a block's start and under the single-pass schedule."""
+    lse: tuple[Tensor, ...]
+    """Their log-denominators, each [...]."""
 
 
 class BlockAttnRes(Stream):
@@ -63,6 +66,8 @@ class BlockAttnRes(Stream):
         gain: whether the key norm has a learned weight (ones at first).
         eps: of the key norm.
         schedule: ``"two_phase"`` sweeps the bank once per block; ``"single_pass"`` is the equation read by read.
+        recompute: compute phase 1 again in the backward pass instead of keeping it, read by read: what is kept for a sublayer is
+            then the partial sum, as much as PreNorm keeps. Under ``"two_phase"`` only.
 
     Parameters: ``query`` [L+1, D], zeros at first, which makes the network PreNorm's equal (section 5);
     ``key_gain`` [L+1, D]. Row l belongs to site l; row 0 has one source and no effect.
@@ -78,6 +83,7 @@ class BlockAttnRes(Stream):
         gain: bool = True,
         eps: float = EPS,
         schedule: Schedule = "two_phase",
+        recompute: bool = False,
     ) -> None:
         super().__init__(num_sublayers, dim)
         if schedule not in ("two_phase", "single_pass"):
@@ -86,6 +92,7 @@ class BlockAttnRes(Stream):
         self.block_of_site = [n for n, (a, b) in enumerate(self._ranges()) for _ in range(a, b)]
         self.eps = eps
         self.schedule = schedule
+        self.recompute = recompute
         self.query = nn.Parameter(torch.zeros(num_sublayers + 1, dim))
         self.key_gain = nn.Parameter(torch.ones(num_sublayers + 1, dim)) if gain else None
 
@@ -96,36 +103,76 @@ class BlockAttnRes(Stream):
         return None if self.key_gain is None else self.key_gain[site]
 
     def _sources(self, state: BlockState) -> tuple[Tensor, ...]:
-        return state.bank if state.partial is None else (*state.bank, state.partial)
+        total = self._total(state)
+        return state.bank if total is None else (*state.bank, total)
+
+    @staticmethod
+    def _total(state: BlockState) -> Tensor | None:
+        if state.partial is None or state.pending is None:
+            return state.partial if state.pending is None else state.pending
+        return state.partial + state.pending
 
     def start(self, embedding: Tensor) -> BlockState:
-        return BlockState((embedding,), None, None, None)
+        return BlockState((embedding,), None, None, (), ())
 
     def read(self, state: BlockState, site: int, norm: Norm) -> tuple[Tensor, BlockState]:
         if self.schedule == "single_pass":
-            mixed = depth_attention(self._sources(state), self.query[site], self._gain(site), eps=self.eps)
-            return norm(mixed), state
+            return self._read_all(state, site, norm), state
         first, end = self._ranges()[self.block_of_site[site]]
+        weight, norm_eps = norm_parts(norm)
+        query, gain = self.query[first:end], None if self.key_gain is None else self.key_gain[first:end]
         if site == first:
-            gain = None if self.key_gain is None else self.key_gain[first:end]
-            out, lse = inter_block(state.bank, self.query[first:end], gain, eps=self.eps)
-            state = state._replace(out=out, lse=lse)
-        assert state.out is not None and state.lse is not None
-        mixed = state.out[..., site - first, :]
-        if state.partial is not None:
-            intra = as_partial(state.partial, self.query[site], self._gain(site), eps=self.eps)
-            mixed = merge(mixed, state.lse[..., site - first], *intra)
-        return norm(mixed), state
+            outs, lses = inter_block(state.bank, query, gain, eps=self.eps, norm_weight=weight, norm_eps=norm_eps)
+            x = outs[0] if weight is not None else norm(outs[0])
+            return x, state._replace(out=tuple(outs[1:]), lse=tuple(lses[1:]))
+        assert state.pending is not None
+        out, lse = state.out[0], state.lse[0]
+        with self._keep(out, state.bank, query, gain, site - first):
+            total, x = update_read(
+                state.partial, state.pending, out, lse, self.query[site], self._gain(site), weight,
+                eps=self.eps, norm_eps=norm_eps,
+            )  # fmt: skip
+        return x if weight is not None else norm(x), BlockState(state.bank, total, None, state.out[1:], state.lse[1:])
 
     def write(self, state: BlockState, site: int, output: Tensor) -> BlockState:
-        total = output if state.partial is None else state.partial + output
-        if site + 1 == self._ranges()[self.block_of_site[site]][1]:
-            return BlockState((*state.bank, total), None, None, None)
-        return state._replace(partial=total)
+        state = state._replace(pending=output)
+        last = site + 1 == self._ranges()[self.block_of_site[site]][1]
+        if last:
+            return BlockState(self._sources(state), None, None, (), ())
+        if self.schedule == "single_pass":
+            return state._replace(partial=self._total(state), pending=None)
+        return state
+
+    def _keep(
+        self, out: Tensor, bank: tuple[Tensor, ...], queries: Tensor, gain: Tensor | None, read: int
+    ) -> AbstractContextManager[object]:
+        """What autograd keeps of ``out``, read ``read`` of phase 1: itself, or how to compute it again."""
+        if not self.recompute or not torch.is_grad_enabled():
+            return nullcontext()
+        at = out.data_ptr()
+        row = slice(read, read + 1)
+        query, gain = queries[row].detach(), None if gain is None else gain[row].detach()
+        sources = [source.detach() for source in bank]
+
+        def pack(tensor: Tensor) -> Tensor | torch.Size:
+            return tensor.shape if tensor.data_ptr() == at and tensor.numel() == out_numel else tensor
+
+        def unpack(kept: Tensor | torch.Size) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            return inter_block(sources, query, gain, eps=self.eps)[0][0].reshape(kept)
+
+        out_numel = out.numel()
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def _read_all(self, state: BlockState, site: int, norm: Norm) -> Tensor:
+        weight, norm_eps = norm_parts(norm)
+        sources, gain = self._sources(state), self._gain(site)
+        x = read(sources, self.query[site], gain, eps=self.eps, norm_weight=weight, norm_eps=norm_eps)
+        return x if weight is not None else norm(x)
 
     def finish(self, state: BlockState, norm: Norm) -> Tensor:
-        site = self.num_sublayers
-        return norm(depth_attention(self._sources(state), self.query[site], self._gain(site), eps=self.eps))
+        return self._read_all(state, self.num_sublayers, norm)
 
     def running_sum(self, state: BlockState) -> Tensor:
         return self._sources(state)[-1]

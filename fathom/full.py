@@ -13,19 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fathom.depth_attention import EPS, depth_attention, depth_attention_weights
+from fathom.depth_attention import EPS, depth_attention_weights
 from fathom.errors import UserError
-from fathom.stream import Norm, Stream
-from fathom.two_phase import inter_block, merge
+from fathom.kernels import backend_for, inter_block, read
+from fathom.stream import Norm, Stream, norm_parts
+from fathom.two_phase import merge
 
 
 class FullState(NamedTuple):
     sources: tuple[Tensor, ...]
     """The embedding and every output so far, each [..., D]."""
-    out: Tensor | None
-    """Phase 1 of the current chunk [..., S, D]; None under the single-pass schedule."""
-    lse: Tensor | None
-    """Its log-denominators [..., S]."""
+    out: tuple[Tensor, ...]
+    """Phase 1 of the current chunk: its S reads, each [..., D]; empty where each read sweeps all sources."""
+    lse: tuple[Tensor, ...]
+    """Their log-denominators, each [...]."""
 
 
 class FullAttnRes(Stream):
@@ -58,32 +59,36 @@ class FullAttnRes(Stream):
         return None if self.key_gain is None else self.key_gain[site]
 
     def start(self, embedding: Tensor) -> FullState:
-        return FullState((embedding,), None, None)
+        return FullState((embedding,), (), ())
 
     def read(self, state: FullState, site: int, norm: Norm) -> tuple[Tensor, FullState]:
-        if self.chunk == 1:
-            return norm(depth_attention(state.sources, self.query[site], self._gain(site), eps=self.eps)), state
+        if self.chunk == 1 or backend_for(state.sources[0].device, state.sources[0].dtype) == "triton":
+            return self._read_all(state, site, norm), state
         first = site - site % self.chunk
         if site == first:
             sites = slice(first, min(first + self.chunk, self.num_sublayers))
             gain = None if self.key_gain is None else self.key_gain[sites]
             out, lse = inter_block(state.sources, self.query[sites], gain, eps=self.eps)
-            state = FullState(state.sources, out, lse)
-        assert state.out is not None and state.lse is not None
-        mixed = state.out[..., site - first, :]
+            state = FullState(state.sources, tuple(out), tuple(lse))
+        mixed = state.out[site - first]
         if site > first:
             recent = state.sources[first + 1 :]
             gain = None if self.key_gain is None else self.key_gain[site : site + 1]
             out, lse = inter_block(recent, self.query[site : site + 1], gain, eps=self.eps)
-            mixed = merge(mixed, state.lse[..., site - first], out[..., 0, :], lse[..., 0])
+            mixed = merge(mixed, state.lse[site - first], out[0], lse[0])
         return norm(mixed), state
 
     def write(self, state: FullState, site: int, output: Tensor) -> FullState:
         return state._replace(sources=(*state.sources, output))
 
+    def _read_all(self, state: FullState, site: int, norm: Norm) -> Tensor:
+        weight, norm_eps = norm_parts(norm)
+        gain = self._gain(site)
+        x = read(state.sources, self.query[site], gain, eps=self.eps, norm_weight=weight, norm_eps=norm_eps)
+        return x if weight is not None else norm(x)
+
     def finish(self, state: FullState, norm: Norm) -> Tensor:
-        site = self.num_sublayers
-        return norm(depth_attention(state.sources, self.query[site], self._gain(site), eps=self.eps))
+        return self._read_all(state, self.num_sublayers, norm)
 
     def running_sum(self, state: FullState) -> Tensor:
         return state.sources[-1]

@@ -25,6 +25,12 @@ Norm = Callable[[Tensor], Tensor]
 State = Any
 
 
+def norm_parts(norm: Norm) -> tuple[Tensor | None, float]:
+    """Weight and epsilon of an RMSNorm module, for a kernel to apply it with the read; ``(None, 0)`` for any other function."""
+    weight, eps = getattr(norm, "weight", None), getattr(norm, "eps", None)
+    return (None, 0.0) if weight is None or eps is None else (weight, eps)
+
+
 class Stream(nn.Module):
     """A residual rule for ``num_sublayers`` sublayers of width ``dim``. Subclasses define the methods below."""
 

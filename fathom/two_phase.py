@@ -16,6 +16,7 @@ A single source is its own partial softmax: out = v and lse = its score. Nothing
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,20 +29,26 @@ def inter_block(
     gain: Float[Tensor, "S D"] | None = None,
     *,
     eps: float = EPS,
-) -> tuple[Float[Tensor, "*batch S D"], Float[Tensor, "*batch S"]]:
+    scale: float = 1.0,
+    normalize_values: bool = False,
+) -> tuple[Float[Tensor, "S *batch D"], Float[Tensor, "S *batch"]]:
     """Phase 1: S reads of the same N sources in one sweep.
 
-    Returns ``(out, lse)``, token-major so that one batched product over tokens does each of the two contractions;
-    read s is ``out[..., s, :], lse[..., s]``. ``out`` keeps the sources' dtype, ``lse`` is float32 or float64.
+    Returns ``(out, lse)``; ``out`` keeps the sources' dtype, ``lse`` is float32 or float64. ``scale`` multiplies the scores;
+    with ``normalize_values`` the values are RMS-normalised like the keys, without the gain (both are Inkling-2's).
     """
     check_sources(sources, queries.shape[-1])
     dtype = compute_dtype(sources[0])
     values = torch.stack([source.to(dtype) for source in sources], dim=-2)
-    scores = key_scores(values, fold_gain(queries, gain).to(dtype), eps)
+    scores = scale * key_scores(values, fold_gain(queries, gain).to(dtype), eps)
     lse = scores.logsumexp(-2)
     weights = (scores - lse.unsqueeze(-2)).exp()
+    if normalize_values:
+        weights = weights * (values.square().mean(-1, keepdim=True) + eps).rsqrt()
     with full_precision(values):
-        return (weights.mT @ values).to(sources[0].dtype), lse
+        # Token-major inside, so that one batched product over tokens does each of the two contractions.
+        out = (weights.mT @ values).to(sources[0].dtype)
+    return out.movedim(-2, 0), lse.movedim(-1, 0)
 
 
 def as_partial(
@@ -65,3 +72,33 @@ def merge(
     """Phase 2: the read over the union of two disjoint sets of sources, in ``out_a``'s dtype."""
     share = torch.sigmoid(lse_b - lse_a).unsqueeze(-1)
     return torch.lerp(out_a.to(share.dtype), out_b.to(share.dtype), share).to(out_a.dtype)
+
+
+def update_read(
+    partial: Float[Tensor, "*batch D"] | None,
+    output: Float[Tensor, "*batch D"],
+    inter_out: Float[Tensor, "*batch D"] | None,
+    inter_lse: Float[Tensor, "*batch"] | None,
+    query: Float[Tensor, "D"] | None,
+    gain: Float[Tensor, "D"] | None = None,
+    norm_weight: Float[Tensor, "D"] | None = None,
+    *,
+    eps: float = EPS,
+    norm_eps: float = EPS,
+) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
+    """What happens between two sublayers: ``output`` joins the partial sum, phase 2 merges it in, the next norm is applied.
+
+    Returns the partial sum, the normalised read and the read itself. Without ``partial`` the sum starts with ``output``; without
+    ``inter_out`` the read is the sum alone, which is PreNorm; without ``norm_weight`` the read is returned as it is.
+    """
+    total = output if partial is None else partial + output
+    mix = total
+    if inter_out is not None:
+        assert inter_lse is not None and query is not None
+        mix = merge(inter_out, inter_lse, *as_partial(total, query, gain, eps=eps))
+    return total, mix if norm_weight is None else rms_norm(mix, norm_weight, norm_eps), mix
+
+
+def rms_norm(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*batch D"]:
+    """``weight ⊙ x / sqrt(mean(x²) + eps)`` over the last dim, in the dtype of ``x``."""
+    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)

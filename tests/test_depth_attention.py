@@ -70,7 +70,7 @@ def test_gradcheck_of_the_two_phases(with_gain: bool):
 
     def read(q, g, p, *v):
         out, lse = inter_block(v, q, g)
-        return merge(out[..., 1, :], lse[..., 1], *as_partial(p, q[1], None if g is None else g[1]))
+        return merge(out[1], lse[1], *as_partial(p, q[1], None if g is None else g[1]))
 
     assert gradcheck(read, (queries, gain, partial, *sources))
 
@@ -80,7 +80,7 @@ def test_two_phases_equal_one_read_at_every_split(split: int):
     sources, query, gain = list(randn(6, 2, 3, 8)), 3 * randn(8), randn(8)
     first = inter_block(sources[:split], query[None], gain[None])
     second = inter_block(sources[split:], query[None], gain[None])
-    merged = merge(first[0][..., 0, :], first[1][..., 0], second[0][..., 0, :], second[1][..., 0])
+    merged = merge(first[0][0], first[1][0], second[0][0], second[1][0])
     torch.testing.assert_close(merged, depth_attention(sources, query, gain), rtol=1e-13, atol=1e-13)
 
 

@@ -1,0 +1,106 @@
+"""What the kernels share: how a list of tensors is addressed, and the shapes of their tiles.
+
+A read attends over tensors that were allocated one by one, or are slices of a bank. A kernel is given them as a tuple of
+pointers and a tuple of row strides, and picks among them by index, so nothing is stacked or copied. Addresses are 64 bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fathom.depth_attention import compute_dtype
+
+ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
+LARGEST_TILE = 16384
+"""Elements of a tile of sources that one program holds: 64 registers of each thread with 8 warps."""
+
+
+@triton.jit
+def row_pointers(
+    tensors,
+    strides,
+    index,
+    tokens,
+    COUNT: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BYTES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Pointers [tokens, index] to row ``token`` of ``tensors[index]``; those beyond COUNT point at tensor 0."""
+    base = tl.full(index.shape, 0, tl.int64) + tensors[0].to(tl.int64)
+    stride = tl.full(index.shape, 0, tl.int64) + strides[0]
+    for i in tl.static_range(1, COUNT):
+        base = tl.where(index == i, tensors[i].to(tl.int64), base)
+        stride = tl.where(index == i, strides[i], stride)
+    rows = (base[None, :] + tokens[:, None] * stride[None, :] * BYTES).to(tl.pointer_type(ELEMENT))
+    if ALIGNED:
+        rows = tl.multiple_of(rows, [16, 16])
+    return rows
+
+
+@triton.jit
+def pick(tensors, which, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer ``tensors[which]`` for a run-time scalar ``which``."""
+    pointer = tl.full([], 0, tl.int64) + tensors[0].to(tl.int64)
+    for i in tl.static_range(1, COUNT):
+        pointer = tl.where(which == i, tensors[i].to(tl.int64), pointer)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer.to(tensors[0].dtype)
+
+
+@triton.jit
+def pick_stride(strides, which, COUNT: tl.constexpr):
+    """``strides[which]`` for a run-time scalar ``which``, 64 bit."""
+    stride = tl.full([], 0, tl.int64) + strides[0]
+    for i in tl.static_range(1, COUNT):
+        stride = tl.where(which == i, strides[i], stride)
+    return stride
+
+
+@triton.jit
+def column(matrix, index, which):
+    """``matrix[:, :, which]`` of a tile [T, N, S] for a run-time scalar ``which``; ``index`` is arange over S."""
+    return tl.sum(tl.where(index[None, None, :] == which, matrix, 0), 2)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """``tensor`` [..., D] as [tokens, D] with adjacent columns: a view wherever its layout allows one."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether every row of ``tensors`` [tokens, D] starts at a multiple of 16 bytes, so that loads may be 16 bytes wide."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
+
+
+def accumulator(tensor: Tensor) -> tl.dtype:
+    """The dtype sums are kept in: float32, or float64 for float64 tensors."""
+    return ACCUMULATOR[compute_dtype(tensor)]
+
+
+def statistic(like: Tensor, *shape: int) -> Tensor:
+    """An empty tensor for what is kept per token, in the dtype of sums."""
+    return torch.empty(shape, dtype=compute_dtype(like), device=like.device)
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def read_tile(num_sources: int, dim: int, largest: int = LARGEST_TILE) -> tuple[int, int, int]:
+    """Tokens, columns and warps of the tile [tokens, sources, columns] that one program reads.
+
+    The columns cover ``dim`` if that fits; what room is left takes several tokens, which share the loads of the queries.
+    """
+    sources, columns = power_of_two(num_sources), power_of_two(dim, 16)
+    columns = max(16, min(columns, largest // sources))
+    tokens = max(1, min(8, largest // (sources * columns)))
+    return tokens, columns, warps(tokens * sources * columns)
+
+
+def warps(elements: int) -> int:
+    """Warps for a tile: 64 elements a thread, between 1 and 16 of them."""
+    return max(1, min(16, elements // 2048))

@@ -1,0 +1,211 @@
+"""What happens between two sublayers, in one kernel each way: residual add, intra-block score, merge, and the next norm.
+
+    b' = b + f          s = (q · b') r,  r = 1 / sqrt(mean(b'²) + eps)          a = sigmoid(s − lse)
+    h  = o + a (b' − o)                                                         x = w ⊙ h m,  m = 1 / sqrt(mean(h²) + norm_eps)
+
+b       the partial sum of the block so far (absent at its second site), f the sublayer's output, both [tokens, D]
+o, lse  the inter-block part of this read, from ``inter_block`` (absent: h = b', and x is PreNorm's)
+b'      is rounded to its dtype before it is used, as the plain path does; h is rounded only where it is returned
+
+Saved for the backward pass: b', o, and per token r, s and m. With g = w ⊙ dx and the sums over D
+
+    dh  = m (g − h m² mean(g ⊙ h)) + dh_returned          da = dh · (b' − o)        ds = a (1 − a) da = −dlse
+    db' = a dh + ds (q r − s r² b' / D) + db'_returned    do = (1 − a) dh           dq = Σ ds r b'      dw = Σ dx ⊙ h m
+
+b and f share the gradient db'. Each program walks over tokens and keeps its share of dq and dw in registers; the shares are
+added afterwards in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fathom.kernels.tiles import accumulator, power_of_two, statistic, warps
+
+
+@triton.jit
+def _forward(
+    partial, output, inter, lse, query, norm_weight, total, x, mix_out, stats, num_tokens, dim, eps, norm_eps,
+    PARTIAL: tl.constexpr, INTER: tl.constexpr, NORM: tl.constexpr, MIX: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.arange(0, BLOCK_D)
+    here, inside = t < num_tokens, d < dim
+    at, mask = t[:, None] * dim + d[None, :], here[:, None] & inside[None, :]
+    element: tl.constexpr = output.dtype.element_ty
+    b = tl.load(output + at, mask, other=0).to(ACC)
+    if PARTIAL:
+        summed = (b + tl.load(partial + at, mask, other=0).to(ACC)).to(element)
+        tl.store(total + at, summed, mask)
+        b = summed.to(ACC)
+    h = b
+    if INTER:
+        o = tl.load(inter + at, mask, other=0).to(ACC)
+        q = tl.load(query + d, inside, other=0).to(ACC)
+        r = 1 / tl.sqrt(tl.sum(b * b, 1) / dim + eps)
+        s = tl.sum(b * q[None, :], 1) * r
+        a = 1 / (1 + tl.exp(tl.load(lse + t, here, other=0) - s))
+        h = o + a[:, None] * (b - o)
+        tl.store(stats + t, r, here)
+        tl.store(stats + num_tokens + t, s, here)
+    if MIX:
+        tl.store(mix_out + at, h.to(element), mask)
+    if NORM:
+        m = 1 / tl.sqrt(tl.sum(h * h, 1) / dim + norm_eps)
+        w = tl.load(norm_weight + d, inside, other=0).to(ACC)
+        tl.store(stats + 2 * num_tokens + t, m, here)
+        tl.store(x + at, (h * m[:, None] * w[None, :]).to(element), mask)
+
+
+@triton.jit
+def _backward(
+    total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix, dtotal, dinter, dlse, dweights, num_tokens, dim,
+    INTER: tl.constexpr, NORM: tl.constexpr, DTOTAL: tl.constexpr, DMIX: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    inside = d < dim
+    element: tl.constexpr = total.dtype.element_ty
+    dq, dw = tl.zeros([BLOCK_D], ACC), tl.zeros([BLOCK_D], ACC)
+    if INTER:
+        q = tl.load(query + d, inside, other=0).to(ACC)[None, :]
+    if NORM:
+        w = tl.load(norm_weight + d, inside, other=0).to(ACC)[None, :]
+    for tile in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
+        t = tile * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+        here = t < num_tokens
+        at, mask = t[:, None] * dim + d[None, :], here[:, None] & inside[None, :]
+        b = tl.load(total + at, mask, other=0).to(ACC)
+        h, apart, a = b, b, 0.0
+        if INTER:
+            r = tl.load(stats + t, here, other=0)
+            s = tl.load(stats + num_tokens + t, here, other=0)
+            a = (1 / (1 + tl.exp(tl.load(lse + t, here, other=0) - s)))[:, None]
+            o = tl.load(inter + at, mask, other=0).to(ACC)
+            apart = b - o
+            h = o + a * apart
+        dh = tl.zeros([BLOCK_T, BLOCK_D], ACC)
+        if NORM:
+            m = tl.load(stats + 2 * num_tokens + t, here, other=0)[:, None]
+            g = tl.load(dx + at, mask, other=0).to(ACC)
+            dw += tl.sum(g * h * m, 0)
+            g *= w
+            dh = m * g - h * (m * m * m * (tl.sum(g * h, 1) / dim)[:, None])
+        if DMIX:
+            dh += tl.load(dmix + at, mask, other=0).to(ACC)
+        db = dh
+        if INTER:
+            ds = tl.sum(dh * apart, 1)[:, None] * a * (1 - a)
+            db = a * dh + ds * (q * r[:, None] - b * (s * r * r / dim)[:, None])
+            dq += tl.sum(b * (ds * r[:, None]), 0)
+            tl.store(dinter + at, ((1 - a) * dh).to(element), mask)
+            tl.store(dlse + t[:, None], -ds, here[:, None])
+        if DTOTAL:
+            db += tl.load(dtotal_in + at, mask, other=0).to(ACC)
+        tl.store(dtotal + at, db.to(element), mask)
+    out = dweights + tl.program_id(0).to(tl.int64) * 2 * dim + d
+    tl.store(out, dq, inside)
+    tl.store(out + dim, dw, inside)
+
+
+def _tile(dim: int) -> tuple[int, int, int]:
+    columns = power_of_two(dim, 16)
+    tokens = max(1, min(8, 4096 // columns))
+    return tokens, columns, max(4, warps(2 * tokens * columns))
+
+
+def _num_programs(device: torch.device) -> int:
+    """Programs of the backward pass: two for each multiprocessor; a fixed number where there are none."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@torch.library.custom_op("fathom::update_read", mutates_args=())
+def update_read(
+    partial: Tensor | None, output: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None,
+    norm_weight: Tensor | None, eps: float, norm_eps: float, return_mix: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The equations above for [tokens, D]; ``query`` with its key gain folded in.
+
+    Returns what there is of b' (with ``partial``), x (with ``norm_weight``) and h (with ``return_mix``), then [3, tokens] of
+    statistics.
+    """
+    num_tokens, dim = output.shape
+    total = torch.empty_like(output) if partial is not None else None
+    x = torch.empty_like(output) if norm_weight is not None else None
+    mix = torch.empty_like(output) if return_mix else None
+    stats = statistic(output, 3, num_tokens)
+    block_t, block_d, num_warps = _tile(dim)
+    _forward[(triton.cdiv(num_tokens, block_t),)](
+        partial, output, inter, lse, query, norm_weight, total, x, mix, stats, num_tokens, dim, eps, norm_eps,
+        PARTIAL=partial is not None, INTER=inter is not None, NORM=norm_weight is not None, MIX=return_mix,
+        BLOCK_T=block_t, BLOCK_D=block_d, ACC=accumulator(output), num_warps=num_warps,
+    )  # fmt: skip
+    return [tensor for tensor in (total, x, mix, stats) if tensor is not None]
+
+
+@update_read.register_fake
+def _(partial, output, inter, lse, query, norm_weight, eps, norm_eps, return_mix):
+    count = (partial is not None) + (norm_weight is not None) + return_mix
+    stats = statistic(output, 3, output.shape[0])
+    return [*(torch.empty_like(output) for _ in range(count)), stats]
+
+
+@torch.library.custom_op("fathom::update_read_backward", mutates_args=())
+def update_read_backward(
+    total: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None, norm_weight: Tensor | None, stats: Tensor,
+    dtotal_in: Tensor | None, dx: Tensor | None, dmix: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of b and f alike [tokens, D], of the inter-block part and its lse (empty without one), and [dq, dw] [2, D]."""
+    num_tokens, dim = total.shape
+    dtotal = torch.empty_like(total)
+    dinter = torch.empty_like(total) if inter is not None else total.new_empty(0)
+    dlse = stats.new_empty(num_tokens if inter is not None else 0)
+    block_t, block_d, num_warps = _tile(dim)
+    programs = min(_num_programs(total.device), triton.cdiv(num_tokens, block_t))
+    dweights = stats.new_empty(programs, 2, dim)
+    _backward[(programs,)](
+        total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix, dtotal, dinter, dlse, dweights, num_tokens, dim,
+        INTER=inter is not None, NORM=dx is not None, DTOTAL=dtotal_in is not None, DMIX=dmix is not None,
+        BLOCK_T=block_t, BLOCK_D=block_d, ACC=accumulator(total), num_warps=num_warps,
+    )  # fmt: skip
+    return dtotal, dinter, dlse, dweights.sum(0)
+
+
+@update_read_backward.register_fake
+def _(total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix):
+    here = inter is not None
+    return (
+        torch.empty_like(total),
+        torch.empty_like(total) if here else total.new_empty(0),
+        stats.new_empty(total.shape[0] if here else 0),
+        stats.new_empty(2, total.shape[1]),
+    )
+
+
+def _setup(ctx, inputs, output):
+    partial, out, inter, lse, query, norm_weight, _, _, return_mix = inputs
+    ctx.set_materialize_grads(False)
+    ctx.parts = (partial is not None, norm_weight is not None, return_mix)
+    ctx.save_for_backward(out if partial is None else output[0], inter, lse, query, norm_weight, output[-1])
+
+
+def _gradients(ctx, grads):
+    total, inter, lse, query, norm_weight, stats = ctx.saved_tensors
+    found = iter(None if grad is None else grad.contiguous() for grad in grads)
+    dtotal_in, dx, dmix = (next(found) if part else None for part in ctx.parts)
+    if dx is None and dmix is None:
+        if dtotal_in is None:
+            return (None,) * 9
+        dmix = torch.zeros_like(total)
+    dtotal, dinter, dlse, (dq, dw) = update_read_backward(
+        total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix
+    )
+    return (
+        dtotal if ctx.parts[0] else None, dtotal, dinter if inter is not None else None, dlse if inter is not None else None,
+        dq.to(query.dtype) if inter is not None else None, dw.to(norm_weight.dtype) if dx is not None else None, None, None, None,
+    )  # fmt: skip
+
+
+update_read.register_autograd(_gradients, setup_context=_setup)
