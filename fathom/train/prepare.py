@@ -1,7 +1,6 @@
 """Text in, token shards out: `fathom data prepare SOURCE OUT`.
 
-    read    files are read in processes and documents taken in the order of the files; they are normalised and exact
-            duplicates dropped; the text is spooled to one temporary file
+    read    documents are normalised and exact duplicates dropped; the text is spooled to one temporary file
     order   documents are put in the order of their sha256: a uniform shuffle that needs no seed. Those below
             `val_fraction` of the hash range are held out, so a document's split never changes as the corpus grows
     learn   byte-level BPE from the first `sample_mb` of training text, or an existing tokenizer.json
@@ -106,11 +105,7 @@ def prepare(source: Path | str, out: Path, *, options: PrepareOptions) -> Manife
             return build(corpus.documents(), out, options, name="debian-docs", source=corpus.source)
     source = Path(source)
     documents = read_documents(
-        source,
-        field=options.field,
-        chunk_kib=options.chunk_kib,
-        invalid_utf8=options.invalid_utf8,
-        workers=options.workers or cores(),
+        source, field=options.field, chunk_kib=options.chunk_kib, invalid_utf8=options.invalid_utf8
     )
     return build(documents, out, options, name=source.name, source=describe_source(source))
 

@@ -45,7 +45,7 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
     except BrokenProcessPool:
         raise UserError(
             "a worker process died: memory ran out, or the script that calls `prepare` does not do so under "
-            '`if __name__ == "__main__":`; workers=1 reads files without worker processes'
+            '`if __name__ == "__main__":`'
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

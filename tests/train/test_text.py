@@ -11,12 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fathom.errors import UserError
-from fathom.train import text as text_module
 from fathom.train.data import Manifest
 from fathom.train.prepare import prepare
 from fathom.train.text import describe_source, read_documents
-from fathom.train.workers import processes
 from tests.train.datasets import OPTIONS, TEXTS, decoded, folder_of_texts, prepare_fails
 
 
@@ -91,25 +88,21 @@ def test_long_plain_text_is_cut_at_blank_lines(tmp_path: Path):
     assert max(len(document.text) for document in read_documents(path, **options)) < 9000
 
 
-def test_files_read_in_processes_give_the_same_documents_in_the_same_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    source = folder_of_texts(tmp_path / "in")
-    write_jsonl(source / "030a.jsonl", [text.upper() for text in TEXTS])  # too large for a task: read by the parent
-    packed(source / "031a.txt.gz", b"packed")
-    options = {"field": "text", "chunk_kib": 1, "invalid_utf8": "error"}
-    alone = list(read_documents(source, **options))
-    assert len(alone) == 121
-    pools = []
-    monkeypatch.setattr(text_module, "GROUP_BYTES", 400)
-    monkeypatch.setattr(text_module, "processes", lambda count: pools.append(count) or processes(count))
-    assert list(read_documents(source, workers=2, **options)) == alone and pools == []
-    monkeypatch.setattr(text_module, "PARALLEL_BYTES", 1000)
-    assert list(read_documents(source, workers=2, **options)) == alone and pools == [2]
-    (source / "007.txt").write_bytes(b"fine\nnot \xff fine")
-    (source / "059.jsonl").write_bytes(b"{")
-    with pytest.raises(UserError, match=r"007\.txt, line 2: byte 0xff"):
-        list(read_documents(source, workers=2, **options))
+def test_a_short_file_read_whole_is_what_it_is_line_by_line(tmp_path: Path):
+    options = {"field": "text", "chunk_kib": 1, "invalid_utf8": "replace"}
+    for text in (
+        b"\xef\xbb\xbfone\r\n\r\ntwo\n\n",
+        b"cut \xe2\x82\nhere \xe2\x82",
+        b"\xff",
+        b"x" * 1023,
+        b"x\n\n" * 300,
+    ):
+        for name, data in (("whole.txt", text), ("lines.txt.gz", gzip.compress(text))):
+            (tmp_path / name).write_bytes(data)
+        whole, lines = (
+            [d.text for d in read_documents(tmp_path / name, **options)] for name in ("whole.txt", "lines.txt.gz")
+        )
+        assert whole == lines != []
 
 
 def test_huge_lines_and_empty_files_are_read(tmp_path: Path):
