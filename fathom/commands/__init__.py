@@ -6,7 +6,7 @@ people or, with `--json`, as one JSON value; all else goes to standard error.
 
 from collections.abc import Callable
 
-from fathom.commands import data, measure, runs
+from fathom.commands import data, measure, runs, sweep
 from fathom.commands.output import Function
 
 COMMANDS: dict[str, Callable[[], Function]] = {
@@ -20,5 +20,6 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "report": runs.report,
     "residuals": measure.residuals,
     "bench": measure.bench,
+    "sweep": sweep.sweep,
 }
 """Makes the function of each command of `fathom.cli.COMMANDS`; `train` with a recipe is `runs.train`."""

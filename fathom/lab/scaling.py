@@ -1,0 +1,198 @@
+"""Scaling laws: loss against compute, with and without an irreducible term, and what a rule is worth in compute.
+
+    L(C) = E + A C^-α          E >= 0; E = 0 is the paper's form (arXiv 2603.15031, section 5)
+    multiplier(C) = C' / C     where L_baseline(C') = L_arm(C): the baseline needs that much more compute for the arm's loss
+
+Fits are least squares in nats. For a given α both other coefficients are linear, so only α is searched for.
+
+Intervals come from refits to the fitted law plus drawn residuals (a parametric bootstrap): normal, scaled like the fit's own
+residuals, with that scale drawn too, because a handful of sizes leave it uncertain. For a law that is linear in its
+coefficients the intervals are Student's t exactly. Arms are drawn together, with the covariance of their residuals: twins
+share data and shape, and so most of their scatter. Leave-one-out gives the range over fits that lack one size each.
+
+A point is one size. Seeds of a size are averaged first, since they share that size's distance from the law.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from fathom.errors import UserError
+from fathom.lab.intervals import LEVEL, check_level
+
+Array = np.ndarray
+Range = tuple[float, float]
+PFLOPS_DAY = 1e15 * 86400
+"""Floating-point operations of one PFLOP/s-day."""
+_EXPONENTS = np.geomspace(1e-3, 3, 64)
+
+
+@dataclass(frozen=True)
+class Law:
+    """``E + A C^-α`` for one or many fits: the fields are numbers, or arrays of one shape."""
+
+    floor: Any
+    """E, nats per token."""
+    scale: Any
+    """A, nats per token at one unit of compute."""
+    exponent: Any
+    """α."""
+
+    def loss(self, compute: Any) -> Any:
+        return self.floor + self.scale * np.power(compute, -self.exponent)
+
+    def compute(self, loss: Any) -> Any:
+        """The compute that reaches ``loss``; infinite for a loss at or below the floor."""
+        above = np.asarray(loss - self.floor, float)
+        with np.errstate(divide="ignore", over="ignore"):
+            return np.where(above > 0, np.power(self.scale / np.maximum(above, 1e-300), 1 / self.exponent), np.inf)
+
+
+def _solve(compute: Array, losses: Array, exponent: Array, irreducible: bool) -> tuple[Array, Array, Array]:
+    """E, A and the squared error of the best law with each ``exponent`` [...] for ``losses`` [..., n]."""
+    x = compute ** -exponent[..., None]
+    scale, floor = (x * losses).sum(-1) / (x * x).sum(-1), np.zeros_like(exponent)
+    if irreducible:
+        dx, dy = x - x.mean(-1, keepdims=True), losses - losses.mean(-1, keepdims=True)
+        slope = np.maximum((dx * dy).sum(-1) / (dx * dx).sum(-1), 0)
+        free = losses.mean(-1) - slope * x.mean(-1)
+        scale, floor = np.where(free > 0, slope, scale), np.maximum(free, 0)
+    error = ((losses - floor[..., None] - scale[..., None] * x) ** 2).sum(-1)
+    return floor, scale, error
+
+
+def fit(compute: Float[Array, " n"], losses: Float[Array, "*draws n"], *, irreducible: bool) -> Law:
+    """The least-squares law of each row of ``losses``, nats per token, against ``compute``, in any unit."""
+    compute, losses = np.asarray(compute, float), np.asarray(losses, float)
+    middle = math.exp(np.log(compute).mean())
+    ratio, rows = compute / middle, losses.reshape(-1, losses.shape[-1])
+    errors = np.stack([
+        _solve(ratio, rows, np.full(len(rows), exponent), irreducible)[2] for exponent in _EXPONENTS
+    ])  # fmt: skip
+    best = errors.argmin(0)
+    low = np.log(_EXPONENTS[np.maximum(best - 1, 0)])
+    high = np.log(_EXPONENTS[np.minimum(best + 1, len(_EXPONENTS) - 1)])
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(40):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        smaller = _solve(ratio, rows, np.exp(left), irreducible)[2] < _solve(ratio, rows, np.exp(right), irreducible)[2]
+        low, high = np.where(smaller, low, left), np.where(smaller, right, high)
+    exponent = np.exp((low + high) / 2)
+    floor, scale, _ = _solve(ratio, rows, exponent, irreducible)
+    law = Law(floor, scale * middle**exponent, exponent)
+    shape = losses.shape[:-1]
+    return Law(law.floor.reshape(shape)[()], law.scale.reshape(shape)[()], law.exponent.reshape(shape)[()])
+
+
+def multiplier(baseline: Law, arm: Law, budget: float) -> Any:
+    """How many times ``budget`` the baseline needs for the arm's loss at ``budget``."""
+    return baseline.compute(arm.loss(budget)) / budget
+
+
+@dataclass(frozen=True)
+class Points:
+    """One arm's losses by size; row i of every arm in a table is the same size."""
+
+    compute: Float[Array, " n"]
+    losses: Float[Array, " n"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its bootstrap interval and its leave-one-out range."""
+
+    value: float
+    interval: Range
+    leave_one_out: Range
+
+    @property
+    def width(self) -> float:
+        return self.interval[1] - self.interval[0]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One arm's law and what is not certain of it."""
+
+    law: Law
+    floor: Estimate
+    scale: Estimate
+    exponent: Estimate
+    multiplier: Estimate | None
+    """Against the baseline at the budget; None for the baseline itself."""
+    residuals: list[float]
+    """Measured minus fitted loss of each size, nats per token."""
+
+
+def fit_arms(
+    arms: dict[str, Points], *, baseline: str, budget: float, irreducible: bool, level: float = LEVEL,
+    draws: int = 2000, seed: int = 0,
+) -> dict[str, Fitted]:  # fmt: skip
+    """Fit every arm of a table whose rows are the same sizes, and compare each with ``baseline`` at ``budget``.
+
+    Raises:
+        UserError: fewer sizes than a fit and its scatter need (3, or 4 with the irreducible term), or a wrong setting.
+    """
+    check_level(level)
+    if baseline not in arms:
+        raise UserError(f"there is no arm {baseline!r} to compare with; there are {', '.join(arms)}")
+    if not budget > 0:
+        raise UserError(f"the budget is {budget}: it must be positive")
+    parameters = 3 if irreducible else 2
+    n = len(arms[baseline].losses)
+    if n <= parameters:
+        raise UserError(
+            f"a law of {parameters} coefficients needs at least {parameters + 1} sizes to say how sure it is: there are {n}"
+        )
+    laws = {arm: fit(points.compute, points.losses, irreducible=irreducible) for arm, points in arms.items()}
+    expected = np.stack([laws[arm].loss(points.compute) for arm, points in arms.items()], -1)
+    residuals = np.stack([points.losses for points in arms.values()], -1) - expected
+    random = np.random.default_rng(seed)
+    # Rows of normal @ residuals have the covariance of the arms' residuals, without a matrix root of it.
+    noise = random.standard_normal((draws, n, n)) @ residuals
+    noise /= np.sqrt(random.chisquare(n - parameters, size=(draws, 1, 1)))
+    drawn = {
+        arm: fit(points.compute, (expected + noise)[..., column], irreducible=irreducible)
+        for column, (arm, points) in enumerate(arms.items())
+    }
+    kept = [np.delete(np.arange(n), i) for i in range(n)]
+    left_out = {
+        arm: [fit(points.compute[rows], points.losses[rows], irreducible=irreducible) for rows in kept]
+        for arm, points in arms.items()
+    }
+
+    def estimate(value: Any, draws: Any, others: list[Any]) -> Estimate:
+        # Values of single draws: interpolating would give NaN beside an infinite multiplier.
+        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+        return Estimate(float(value), (float(low), float(high)), (float(min(others)), float(max(others))))
+
+    def coefficient(arm: str, name: str) -> Estimate:
+        return estimate(
+            getattr(laws[arm], name), getattr(drawn[arm], name), [getattr(law, name) for law in left_out[arm]]
+        )
+
+    def against(arm: str) -> Estimate:
+        pairs = zip(left_out[baseline], left_out[arm], strict=True)
+        return estimate(
+            multiplier(laws[baseline], laws[arm], budget),
+            multiplier(drawn[baseline], drawn[arm], budget),
+            [multiplier(base, other, budget) for base, other in pairs],
+        )
+
+    return {
+        arm: Fitted(
+            laws[arm], coefficient(arm, "floor"), coefficient(arm, "scale"), coefficient(arm, "exponent"),
+            None if arm == baseline else against(arm), residuals[:, column].tolist(),
+        )
+        for column, arm in enumerate(arms)
+    }  # fmt: skip
+
+
+def paper() -> dict[str, Any]:
+    """Table 2 of the paper with the compute of its Fig. 4, and the laws that it prints: see the file for sources."""
+    return json.loads((files("fathom") / "assets/paper-table2.json").read_text())
