@@ -66,6 +66,16 @@ COMMANDS = {
         "Train every run of a sweep (grid and seeds), several side by side, or continue one that was stopped.",
         "fathom sweep seeds --seeds 3 --out runs/seeds",
     ),
+    "lab scaling": Command(
+        "Fit loss against compute and say what each rule is worth in compute, with intervals.", "fathom lab scaling paper"
+    ),
+    "lab ablations": Command(
+        "Compare every arm of a sweep with a baseline over paired seeds, with intervals.",
+        "fathom lab ablations runs/seeds",
+    ),
+    "lab depth-width": Command(
+        "Map the loss over depth, width and heads at equal compute.", "fathom lab depth-width runs/depth-width"
+    ),
 }
 
 

@@ -6,7 +6,7 @@ people or, with `--json`, as one JSON value; all else goes to standard error.
 
 from collections.abc import Callable
 
-from fathom.commands import data, measure, runs, sweep
+from fathom.commands import data, lab, measure, runs, sweep
 from fathom.commands.output import Function
 
 COMMANDS: dict[str, Callable[[], Function]] = {
@@ -21,5 +21,8 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "residuals": measure.residuals,
     "bench": measure.bench,
     "sweep": sweep.sweep,
+    "lab scaling": lab.scaling,
+    "lab ablations": lab.ablations,
+    "lab depth-width": lab.depth_width,
 }
 """Makes the function of each command of `fathom.cli.COMMANDS`; `train` with a recipe is `runs.train`."""

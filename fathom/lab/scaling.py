@@ -24,6 +24,8 @@ from jaxtyping import Float
 
 from fathom.errors import UserError
 from fathom.lab.intervals import LEVEL, check_level
+from fathom.lab.outcomes import arms, by_seed, cases, require_arm
+from fathom.lab.plan import Outcome
 
 Array = np.ndarray
 Range = tuple[float, float]
@@ -130,7 +132,7 @@ class Fitted:
 
 
 def fit_arms(
-    arms: dict[str, Points], *, baseline: str, budget: float, irreducible: bool, level: float = LEVEL,
+    table: dict[str, Points], *, baseline: str, budget: float, irreducible: bool, level: float = LEVEL,
     draws: int = 2000, seed: int = 0,
 ) -> dict[str, Fitted]:  # fmt: skip
     """Fit every arm of a table whose rows are the same sizes, and compare each with ``baseline`` at ``budget``.
@@ -139,31 +141,31 @@ def fit_arms(
         UserError: fewer sizes than a fit and its scatter need (3, or 4 with the irreducible term), or a wrong setting.
     """
     check_level(level)
-    if baseline not in arms:
-        raise UserError(f"there is no arm {baseline!r} to compare with; there are {', '.join(arms)}")
+    if baseline not in table:
+        raise UserError(f"there is no arm {baseline!r} to compare with; there are {', '.join(table)}")
     if not budget > 0:
         raise UserError(f"the budget is {budget}: it must be positive")
     parameters = 3 if irreducible else 2
-    n = len(arms[baseline].losses)
+    n = len(table[baseline].losses)
     if n <= parameters:
         raise UserError(
             f"a law of {parameters} coefficients needs at least {parameters + 1} sizes to say how sure it is: there are {n}"
         )
-    laws = {arm: fit(points.compute, points.losses, irreducible=irreducible) for arm, points in arms.items()}
-    expected = np.stack([laws[arm].loss(points.compute) for arm, points in arms.items()], -1)
-    residuals = np.stack([points.losses for points in arms.values()], -1) - expected
+    laws = {arm: fit(points.compute, points.losses, irreducible=irreducible) for arm, points in table.items()}
+    expected = np.stack([laws[arm].loss(points.compute) for arm, points in table.items()], -1)
+    residuals = np.stack([points.losses for points in table.values()], -1) - expected
     random = np.random.default_rng(seed)
     # Rows of normal @ residuals have the covariance of the arms' residuals, without a matrix root of it.
     noise = random.standard_normal((draws, n, n)) @ residuals
     noise /= np.sqrt(random.chisquare(n - parameters, size=(draws, 1, 1)))
     drawn = {
         arm: fit(points.compute, (expected + noise)[..., column], irreducible=irreducible)
-        for column, (arm, points) in enumerate(arms.items())
+        for column, (arm, points) in enumerate(table.items())
     }
     kept = [np.delete(np.arange(n), i) for i in range(n)]
     left_out = {
         arm: [fit(points.compute[rows], points.losses[rows], irreducible=irreducible) for rows in kept]
-        for arm, points in arms.items()
+        for arm, points in table.items()
     }
 
     def estimate(value: Any, draws: Any, others: list[Any]) -> Estimate:
@@ -189,10 +191,36 @@ def fit_arms(
             laws[arm], coefficient(arm, "floor"), coefficient(arm, "scale"), coefficient(arm, "exponent"),
             None if arm == baseline else against(arm), residuals[:, column].tolist(),
         )
-        for column, arm in enumerate(arms)
+        for column, arm in enumerate(table)
     }  # fmt: skip
 
 
 def paper() -> dict[str, Any]:
     """Table 2 of the paper with the compute of its Fig. 4, and the laws that it prints: see the file for sources."""
     return json.loads((files("fathom") / "assets/paper-table2.json").read_text())
+
+
+def paper_points() -> dict[str, Points]:
+    """The paper's arms as points; compute in PFLOP/s-days."""
+    table = paper()
+    compute = np.array([size["compute"] for size in table["sizes"]])
+    return {arm: Points(compute, np.array(losses)) for arm, losses in table["losses"].items()}
+
+
+def points_of(found: list[Outcome], baseline: str) -> dict[str, Points]:
+    """The arms of a scaling sweep as points, baseline first; compute in PFLOP/s-days, each arm's own.
+
+    A size counts where every arm has a run done, over the seeds that all of them have, so that rows stay twins.
+    """
+    require_arm(found, baseline)
+    names = sorted(arms(found), key=lambda arm: arm != baseline)
+    compute: dict[str, list[float]] = {arm: [] for arm in names}
+    losses: dict[str, list[float]] = {arm: [] for arm in names}
+    for case in cases(found):
+        of = {arm: by_seed(found, case, arm) for arm in names}
+        seeds = set.intersection(*(set(values) for values in of.values()))
+        for arm in names if seeds else ():
+            cost = next(end.flops for end in found if (end.planned.case, end.planned.arm) == (case, arm))
+            compute[arm].append(cost / PFLOPS_DAY)
+            losses[arm].append(float(np.mean([of[arm][seed] for seed in seeds])))
+    return {arm: Points(np.array(compute[arm]), np.array(losses[arm])) for arm in names}
