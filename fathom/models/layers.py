@@ -1,6 +1,7 @@
 """The sublayers of a decoder: attention and SwiGLU, each with the PreNorm that its input passes through.
 
 A sublayer takes its *normalised* input: the stream applies ``sublayer.norm``, so that a kernel can fuse it with the read.
+An attention sublayer also takes an ``AttentionInput``, from a stream whose rule reaches into the attention.
 """
 
 from typing import NamedTuple
@@ -63,6 +64,29 @@ def document_mask(tokens: Int[Tensor, "B T"], end_of_text: int) -> Bool[Tensor, 
     return same.tril().unsqueeze(1)
 
 
+class AttentionInput(NamedTuple):
+    """A sublayer input that tells the attention's projections apart, or mixes the first layer's values into its own."""
+
+    query: Float[Tensor, "B T D"]
+    """What the query projection takes; ``key`` and ``value`` likewise."""
+    key: Float[Tensor, "B T D"]
+    value: Float[Tensor, "B T D"]
+    first: Tensor | None = None
+    """The values [B, kv heads, T, W] that the first attention handed over, or None to use its own alone."""
+    mix: Tensor | None = None
+    """The weights [2] of ``first`` and of its own."""
+    hand_over: bool = False
+    """Return an ``AttentionOutput``."""
+
+
+class AttentionOutput(NamedTuple):
+    """What an attention returns when its input asked for its values."""
+
+    hidden: Float[Tensor, "B T D"]
+    values: Tensor
+    """[B, kv heads, T, W]."""
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions and optional QK norm."""
 
@@ -76,15 +100,31 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
-        heads = rearrange(self.qkv(x), "B T (H W) -> B H T W", W=self.head_width)
+    def _project(self, x: Float[Tensor, "B T D"] | AttentionInput) -> Float[Tensor, "B T HW"]:
+        if isinstance(x, Tensor):
+            return self.qkv(x)
+        if x.query is x.key and x.key is x.value:
+            return self.qkv(x.query)
+        sizes = [heads * self.head_width for heads in (self.num_heads, self.kv_heads, self.kv_heads)]
+        inputs = (x.query, x.key, x.value)
+        return torch.cat([F.linear(i, w) for i, w in zip(inputs, self.qkv.weight.split(sizes), strict=True)], dim=-1)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"] | AttentionInput, context: Context
+    ) -> Float[Tensor, "B T D"] | AttentionOutput:
+        heads = rearrange(self._project(x), "B T (H W) -> B H T W", W=self.head_width)
         query, key, value = heads.split((self.num_heads, self.kv_heads, self.kv_heads), dim=1)
+        own = value
+        if isinstance(x, AttentionInput) and x.first is not None:
+            assert x.mix is not None
+            value = x.mix[0] * x.first + x.mix[1] * value
         query = rotate(self.query_norm(query), context.cos, context.sin)
         key = rotate(self.key_norm(key), context.cos, context.sin)
         mixed = F.scaled_dot_product_attention(
             query, key, value, context.mask, is_causal=context.mask is None, enable_gqa=self.kv_heads != self.num_heads
         )
-        return self.out(rearrange(mixed, "B H T W -> B T (H W)"))
+        output = self.out(rearrange(mixed, "B H T W -> B T (H W)"))
+        return AttentionOutput(output, own) if isinstance(x, AttentionInput) and x.hand_over else output
 
 
 class SwiGLU(nn.Module):
