@@ -98,7 +98,7 @@ train quick --data.micro-batch x
 train quick --data.micro-batch 3
 train quick --model.dim 30 --model.num-heads 4
 train quick --model.num-layers 0
-train quick --model.residual.rule highway
+train quick --model.residual.rule densenet
 train quick --model.residual.rule full --model.residual.num-blocks 2
 train quick --model.residual.num-blocks 99
 train quick --device tpu

@@ -1,9 +1,37 @@
 """What a decoder is: a typed, frozen description that goes into every run folder and loads back."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from fathom.errors import UserError
+
+Rule = Literal[
+    "prenorm", "full", "block", "rezero", "layerscale", "highway", "deepnorm", "keel", "siamesenorm", "denseformer", "laurel",
+    "value_residual", "muddformer", "hyper_connections", "mhc", "mhc_lite", "ddl", "mrla", "delta", "lr_attnres", "mhar",
+]  # fmt: skip
+
+OPTIONS: dict[str, tuple[Rule, ...]] = {
+    "num_blocks": ("block", "delta", "lr_attnres", "mhar"),
+    "block_size": ("block", "delta", "lr_attnres", "mhar"),
+    "query": ("full", "block"),
+    "activation": ("full", "block"),
+    "key_norm": ("full", "block"),
+    "heads": ("full", "block", "mhar", "mrla"),
+    "window": ("full",),
+    "isolate_embedding": ("block",),
+    "num_streams": ("hyper_connections", "mhc", "mhc_lite", "ddl"),
+    "dynamic": ("hyper_connections",),
+    "gate": ("highway",),
+    "alpha": ("deepnorm", "keel"),
+    "init": ("layerscale",),
+    "rank": ("laurel",),
+    "key_dim": ("lr_attnres",),
+    "keys": ("lr_attnres",),
+}
+"""Which rules each setting of ``ResidualConfig`` belongs to; it is None where it is not given."""
+
+SWITCHES = ("query", "activation", "key_norm", "heads", "window", "isolate_embedding")
+"""The settings that exchange a part of AttnRes, as in the paper's ablations (residuals/ablations.py)."""
 
 # depth_attention.EPS, without importing torch for it: the command line reads this file to print its help.
 EPS = 1e-6
@@ -13,30 +41,77 @@ EPS = 1e-6
 class ResidualConfig:
     """How sublayers read what earlier ones wrote."""
 
-    rule: Literal["prenorm", "full", "block"] = "block"
+    rule: Rule = "block"
     """The residual rule; `fathom residuals` lists them."""
     num_blocks: int | None = None
-    """Block AttnRes: N, the number of blocks; 8 if neither this nor block_size is given (fewer if there are fewer sublayers)."""
+    """N, the number of blocks; Block AttnRes has 8 if neither this nor block_size is given (fewer for fewer sublayers)."""
     block_size: int | None = None
-    """Block AttnRes: S, the sublayers of one block (a decoder layer is two)."""
+    """S, the sublayers of one block (a decoder layer is two)."""
     gain: bool = True
     """AttnRes: learn a weight on the key norm."""
     eps: float = EPS
-    """AttnRes: epsilon of the key norm."""
+    """Epsilon of the key norm, and of any other norm that a rule computes."""
     schedule: Literal["two_phase", "single_pass"] = "two_phase"
-    """AttnRes: how reads are computed; changes speed and not the result."""
+    """Full, Block: how reads are computed; changes speed and not the result."""
+    query: Literal["learned", "input", "none"] | None = None
+    """Full, Block: a learned query (default), one projected from the read before, or learned scores without query and key."""
+    activation: Literal["softmax", "sigmoid"] | None = None
+    """Full, Block: from scores to weights; softmax if not given."""
+    key_norm: bool | None = None
+    """Full, Block: normalise the keys; true if not given."""
+    heads: int | None = None
+    """Full, Block, MHAR, MRLA: heads, each with its own weights over depth; 1, 1, 4 and D / 32 if not given."""
+    window: int | None = None
+    """Full: read the embedding and this many latest outputs; all if not given."""
+    isolate_embedding: bool | None = None
+    """Block: the embedding is a source of its own (true if not given), not a term of the first block."""
+    num_streams: int | None = None
+    """Hyper-Connections, mHC, mHC-lite, DDL: n; 4 if not given."""
+    dynamic: bool | None = None
+    """Hyper-Connections: weights that depend on the token; true if not given."""
+    gate: Literal["vector", "scalar"] | None = None
+    """Highway: a gate per channel (default) or per token."""
+    alpha: float | None = None
+    """DeepNorm, KEEL: the weight of the residual; (2M)^(1/4) for M decoder layers, and L, if not given."""
+    init: float | None = None
+    """LayerScale: the first value of the scales; by depth if not given."""
+    rank: int | None = None
+    """LAuReL: r; 32 if not given."""
+    key_dim: int | None = None
+    """LR-AttnRes: r; 64 if not given."""
+    keys: Literal["projected", "sliced"] | None = None
+    """LR-AttnRes: keys projected from the value (default), or its last channels."""
 
     def __post_init__(self) -> None:
-        if self.rule not in ("prenorm", "full", "block"):
-            raise UserError(f"residual.rule is {self.rule!r}: it must be prenorm, full or block")
-        if self.rule != "block":
-            for name in ("num_blocks", "block_size"):
-                if getattr(self, name) is not None:
-                    raise UserError(f"residual.{name} belongs to rule block, but residual.rule is {self.rule}")
-        elif self.num_blocks is not None and self.block_size is not None:
+        rules = get_args(Rule)
+        if self.rule not in rules:
+            raise UserError(f"residual.rule is {self.rule!r}: it must be one of {', '.join(rules)}")
+        for name, owners in OPTIONS.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if self.rule not in owners:
+                raise UserError(f"residual.{name} belongs to rule {_listed(owners)}, but residual.rule is {self.rule}")
+            # Not >, so that NaN is refused too; bool is an int.
+            if not isinstance(value, str) and not value > 0 and value is not False:
+                raise UserError(f"residual.{name} is {value}: it must be positive")
+        if self.num_blocks is not None and self.block_size is not None:
             raise UserError("residual.num_blocks and residual.block_size are both given: keep one")
+        if self.query == "none":
+            for name in ("key_norm", "heads"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"residual.{name} is given, but residual.query none has no query and no key")
         if not self.eps >= 0:
             raise UserError(f"residual.eps is {self.eps}: it cannot be negative")
+
+    def options(self) -> dict[str, Any]:
+        """The rule's own settings that are given, by name."""
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    """``a, b or c``."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from fathom.errors import UserError
 from fathom.models.config import ModelConfig
 from fathom.models.layers import Attention, Context, RMSNorm, SwiGLU, document_mask, rotary_table
 from fathom.residuals import make_stream
+from fathom.residuals.rule import Rule
 
 Observe = Callable[[int, Any, Tensor | None], None]
 
@@ -111,8 +112,9 @@ def initialize(model: Transformer, seed: int) -> None:
     | head (untied)                   | N(0, head_std²/D)    | 0: the first prediction is uniform              |
     | norms, key gains                | 1                    |                                                 |
     | depth queries                   | 0                    | AttnRes starts as its PreNorm twin (section 5)  |
+    | other rules of residuals/       | by the rule's file   | as published                                    |
 
-    Random numbers are drawn in the order of ``named_parameters`` and the stream draws none, so twins share their weights.
+    Random numbers are drawn in the order of ``named_parameters``, those of the stream last: twins share their weights.
     """
     config = model.config
     generator = torch.Generator().manual_seed(seed)
@@ -120,7 +122,10 @@ def initialize(model: Transformer, seed: int) -> None:
     def normal(parameter: Tensor, std: float) -> None:
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
 
+    own_rule = isinstance(model.stream, Rule)
     for name, parameter in model.named_parameters():
+        if own_rule and name.startswith("stream."):
+            continue
         kind = name.split(".")[-2]
         if name == "embedding.weight":
             normal(parameter, config.dim**-0.5 if config.tie_embeddings else config.embedding_std)
@@ -136,3 +141,5 @@ def initialize(model: Transformer, seed: int) -> None:
             parameter.zero_()
         else:
             raise AssertionError(f"initialize has no rule for {name}")
+    if isinstance(model.stream, Rule):
+        model.stream.reset(generator)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +84,8 @@ class RunConfig:
     """How many of the newest checkpoints stay."""
     log_every: int = 1
     """Steps between metric lines; on a GPU a larger number spares synchronisations."""
+    dynamics_every: int = 0
+    """Steps between records of the training dynamics (`fathom lab dynamics`); 0 records none. About a sixth of a step each."""
     track: Literal["none", "tensorboard", "trackio"] = "none"
     """A second sink for the metrics beside metrics.jsonl."""
 
@@ -93,7 +94,7 @@ class RunConfig:
         for name, value, least in (
             ("steps", self.steps, 1), ("eval_every", self.eval_every, 1), ("eval_sequences", self.eval_sequences, 1),
             ("checkpoint_every", self.checkpoint_every, 1), ("keep_checkpoints", self.keep_checkpoints, 1),
-            ("log_every", self.log_every, 1), ("data.batch", d.batch, 1), ("optim.warmup", o.warmup, 0),
+            ("log_every", self.log_every, 1), ("dynamics_every", self.dynamics_every, 0), ("data.batch", d.batch, 1), ("optim.warmup", o.warmup, 0),
             ("optim.weight_decay", o.weight_decay, 0), ("optim.clip", o.clip, 0), ("seed", self.seed, 0),
         ):  # fmt: skip
             if not value >= least:
@@ -135,8 +136,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where)
     options = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        if value is None and type(None) in options:
+    if type(None) in options:
+        if value is None:
             return None
         return _value(next(o for o in options if o is not type(None)), value, where)
     if typing.get_origin(hint) is Literal:

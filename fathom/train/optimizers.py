@@ -4,8 +4,9 @@
 |--------|---------------------------------------------|-----------------|---------|
 | matrix | sublayers' 2-D weights                      | AdamW or Muon   | yes     |
 | table  | embedding and head                          | AdamW           | yes     |
-| vector | norms                                       | AdamW           | no      |
-| depth  | everything the stream learns: depth queries, key gains | AdamW | no      |
+| vector | norms; the stream's scalars, scales and mixing weights | AdamW | no      |
+| depth  | the stream's queries, key gains and gates   | AdamW           | no      |
+| map    | the stream's linear maps of hidden vectors  | AdamW           | yes     |
 
 A depth query starts at zero and its size is how decided a read is: decay would pull every read back to a plain mean, and
 orthogonalising a vector would only normalise it. The paper does not say how its queries are trained. Adam moves every
@@ -29,10 +30,12 @@ Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 def parameter_groups(model: nn.Module) -> Groups:
     """Every parameter once, by group name, in the order of ``named_parameters``."""
-    groups: Groups = {"matrix": [], "table": [], "vector": [], "depth": []}
+    groups: Groups = {"matrix": [], "table": [], "vector": [], "depth": [], "map": []}
     for name, parameter in model.named_parameters():
         if name.startswith("stream."):
-            group = "depth"
+            # residuals/rule.py names parameters by how they train; one in a list is named stream.<name>.<number>.
+            kind = name.split(".")[1]
+            group = "depth" if kind.endswith(("query", "gain", "gate")) else "map" if kind.endswith("map") else "vector"
         elif name in ("embedding.weight", "head.weight"):
             group = "table"
         else:
@@ -44,9 +47,9 @@ def parameter_groups(model: nn.Module) -> Groups:
 def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW, after Muon if the config asks for it; each group keeps its peak rate as ``peak_lr``."""
     groups = {kind: [p for _, p in members] for kind, members in parameter_groups(model).items()}
-    peak = {"matrix": config.lr, "table": config.lr, "vector": config.lr, "depth": config.depth_lr or config.lr}
-    if config.depth_lr is None and groups["depth"]:
-        peak["depth"] = DEPTH_LR_TIMES_DIM / groups["depth"][0].shape[-1]
+    peak = dict.fromkeys(groups, config.lr)
+    dim = groups["table"][0].shape[-1]
+    peak["depth"] = DEPTH_LR_TIMES_DIM / dim if config.depth_lr is None else config.depth_lr
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         muon = torch.optim.Muon(
@@ -59,7 +62,7 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
             "params": parameters,
             "lr": peak[kind],
             "peak_lr": peak[kind],
-            "weight_decay": config.weight_decay if kind in ("matrix", "table") else 0.0,
+            "weight_decay": config.weight_decay if kind in ("matrix", "table", "map") else 0.0,
         }
         for kind, parameters in groups.items()
         if parameters

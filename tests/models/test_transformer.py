@@ -237,7 +237,7 @@ def test_impossible_models_are_refused_by_name(options: dict, message: str):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "highway"}, "residual.rule is 'highway'"),
+        ({"rule": "densenet"}, "residual.rule is 'densenet'"),
         ({"rule": "full", "num_blocks": 4}, "residual.num_blocks belongs to rule block"),
         ({"rule": "prenorm", "block_size": 4}, "residual.block_size belongs to rule block"),
         ({"num_blocks": 4, "block_size": 4}, "both given"),

@@ -22,6 +22,8 @@ residuals = st.one_of(
     st.builds(ResidualConfig, rule=st.sampled_from(["prenorm", "full"]), gain=st.booleans(), eps=positive),
     st.builds(ResidualConfig, rule=st.just("block"), num_blocks=st.none() | counts, schedule=st.just("single_pass")),
     st.builds(ResidualConfig, rule=st.just("block"), block_size=st.none() | counts),
+    st.builds(ResidualConfig, rule=st.just("full"), activation=st.sampled_from([None, "sigmoid"]), key_norm=st.none() | st.booleans()),
+    st.builds(ResidualConfig, rule=st.just("keel"), alpha=st.none() | positive),
 )
 models = st.builds(
     ModelConfig, vocab_size=counts, context=counts, dim=counts, num_layers=counts, head_dim=st.just(64),
@@ -68,7 +70,7 @@ WRONG: list[tuple[Any, str]] = [
     # unknown keys
     ({"step": 3}, "step is not a setting of RunConfig; it has checkpoint_every, "),
     ({"optim": {"learning_rate": 1}}, "optim.learning_rate is not a setting of OptimConfig; it has beta1, "),
-    ({"model": {"residual": {"blocks": 8}}}, "model.residual.blocks is not a setting of ResidualConfig; it has block_size, "),
+    ({"model": {"residual": {"blocks": 8}}}, "model.residual.blocks is not a setting of ResidualConfig; it has activation, "),
     # wrong types
     ([], "the config is list: it must be an object"),
     ({"model": 3}, "model is int: it must be an object"),

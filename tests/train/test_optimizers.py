@@ -35,7 +35,7 @@ def test_every_parameter_moves_exactly_once_and_as_its_kind_should(rule: str, se
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     by_kind = {kind: {name for name, _ in members} for kind, members in parameter_groups(network).items()}
     assert by_kind == {
-        k: {n for n in names.values() if kind_of(n) == k} for k in ("matrix", "table", "vector", "depth")
+        k: {n for n in names.values() if kind_of(n) == k} for k in ("matrix", "table", "vector", "depth", "map")
     }
     optimizers = make_optimizers(network, OptimConfig(optimizer=optimizer, weight_decay=0.3, lr=0.5, muon_lr=0.25))  # type: ignore[arg-type]
     moved = [names[id(p)] for group in each_group(optimizers) for p in group["params"]]
