@@ -76,6 +76,13 @@ COMMANDS = {
     "lab depth-width": Command(
         "Map the loss over depth, width and heads at equal compute.", "fathom lab depth-width runs/depth-width"
     ),
+    "lab dynamics": Command(
+        "Summarise the training dynamics that runs recorded: magnitudes, updates, what is read.",
+        "fathom lab dynamics runs/full",
+    ),
+    "lab pruning": Command(
+        "Measure how much the loss rises when a layer writes nothing.", "fathom lab pruning runs/full"
+    ),
 }
 
 

@@ -24,5 +24,7 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "lab scaling": lab.scaling,
     "lab ablations": lab.ablations,
     "lab depth-width": lab.depth_width,
+    "lab dynamics": lab.dynamics,
+    "lab pruning": lab.pruning,
 }
 """Makes the function of each command of `fathom.cli.COMMANDS`; `train` with a recipe is `runs.train`."""

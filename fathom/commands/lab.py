@@ -229,3 +229,86 @@ def depth_width() -> Function:
         print("\n".join(notes))
 
     return run
+
+
+def dynamics() -> Function:
+    def run(runs: Folders, as_json: Json = False) -> None:
+        """Summarise the dynamics that runs recorded (`fathom train ... --dynamics-every 50`): magnitudes, updates, reads.
+
+        Args:
+            runs: Run folders.
+        """
+        from fathom.lab.dynamics import records
+        from fathom.train.config import read_object
+
+        if not runs:
+            raise UserError("give at least one run folder")
+        results = []
+        for folder in runs:
+            seen, cost = records(folder)
+            results.append({
+                "run": str(folder), "cost": cost, "definitions": read_object(folder / "dynamics.json")["definitions"],
+                "records": [dataclasses.asdict(each) | {"verdict": each.verdict} for each in seen],
+            })  # fmt: skip
+            if as_json:
+                continue
+            rows = [
+                [
+                    "step",
+                    "growth",
+                    "",
+                    "loudest",
+                    "grad ratio",
+                    "update/weight",
+                    "sources used",
+                    "embedding",
+                    "newest",
+                    "sinks",
+                ]
+            ]
+            for each in seen[:: -max(1, len(seen) // 12)][::-1]:
+                shares = [each.effective_share, each.embedding, each.last]
+                heavy = " ".join(map(str, each.sinks)) or "none" if each.sinks is not None else ""
+                rows.append([
+                    f"{each.step:,}", f"{each.growth:+.2f}", each.verdict, f"{each.largest_output:.3g}",
+                    f"{each.gradient_ratio:.3g}", f"{each.update_to_weight:.2e}",
+                    *("" if share is None else f"{share:.0%}" for share in shares), heavy,
+                ])  # fmt: skip
+            print(f"{folder} (recording took {cost:.1%} of the training steps' time)\n{columns(rows)}\n")
+        if as_json:
+            print_json(_finite(results))
+        else:
+            print(
+                "growth: exponent of the output magnitude over depth, 0.5 or more is growing. Definitions: dynamics.json."
+            )
+
+    return run
+
+
+def pruning() -> Function:
+    def run(runs: Folders, sequences: int = 16, device: str = "auto", as_json: Json = False) -> None:
+        """How much the validation loss rises when a layer writes nothing; kept as pruning.json in each run folder.
+
+        Args:
+            runs: Run folders with a checkpoint.
+            sequences: Validation sequences to measure on.
+            device: cpu, cuda, or auto for the GPU where there is one.
+        """
+        from fathom.lab.pruning import write_pruning
+        from fathom.train.config import read_object
+
+        if not runs:
+            raise UserError("give at least one run folder")
+        found = {str(folder): read_object(write_pruning(folder, sequences=sequences, device=device)) for folder in runs}
+        if as_json:
+            print_json(found)
+            return
+        for folder, measured in found.items():
+            print(f"{folder}: loss {measured['loss']:.4f}; rise without")
+            rows = [["layer", "both", "attention", "MLP"]]
+            sublayers = list(measured["sublayers"].values())
+            for layer, rise in enumerate(measured["layers"]):
+                rows.append([str(layer + 1), *(f"{v:+.4f}" for v in (rise, *sublayers[2 * layer : 2 * layer + 2]))])
+            print(columns(rows) + "\n")
+
+    return run

@@ -1,149 +1,50 @@
-"""What depth attention does in a trained network: how loud each layer is, what gradient it gets, what each site reads.
+"""Training dynamics read and summarised: ``depth.json`` of a checkpoint, and the records of a run (fathom/train/dynamics.py).
 
-``measure_depth`` runs a model forward and backward over some text and returns the content of a run's ``depth.json``:
-
-    rule, tokens     the residual rule, and over how many tokens all means were taken
-    definitions      what each number below is, in words (the paper's Fig. 5 prints no definition)
-    layers           per decoder layer: output_magnitude, gradient_magnitude
-    sites            per read: its sources, mean weights, entropy, effective sources; empty for PreNorm (Fig. 8)
-
-``write_depth`` does so for the newest checkpoint of a run and adds ``step``, the optimizer step of that checkpoint.
+growth     exponent g of the output magnitude's rise with depth, m_l ~ l^g, by least squares over decoder layers; a sum of
+           independent outputs of one size grows with g = 1/2, so "growing" is g >= 1/2 and "bounded" is less
+sinks      sources whose mean lift is at least 2: over the reads in which it is not the newest source, a source's weight
+           times the number of sources, which is 1 where every source has the same weight (the embedding is left out)
 """
 
+import itertools
 import json
-from collections.abc import Iterable
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.errors import UserError
 from fathom.models.transformer import Transformer
 from fathom.train import checkpoint
+from fathom.train.checkpoint import Progress
 from fathom.train.config import load_config, read_object
 from fathom.train.data import Batches, TokenShards
+from fathom.train.dynamics import measure_depth
 from fathom.train.environment import pick_device
 from fathom.train.loop import data_folder
-from fathom.train.metrics import writing
+from fathom.train.metrics import read_metrics, writing
 
-DEFINITIONS = {
-    "output_magnitude": (
-        "root mean square over tokens and channels of the running sum after the decoder layer: the hidden state "
-        "(PreNorm), the current block's partial sum (Block AttnRes), or the output of the layer's MLP (Full AttnRes)"
-    ),
-    "gradient_magnitude": (
-        "root mean square over tokens and channels of the gradient of the summed token losses (nats) with respect to "
-        "the output of the decoder layer's MLP; under PreNorm also the gradient of the hidden state after the layer"
-    ),
-    "weights": "depth-attention weight of each source, mean over tokens",
-    "entropy_nats": "mean over tokens of the entropy of a token's own depth-attention weights, in nats",
-    "effective_sources": "exp(entropy_nats): how many equally weighted sources would have that entropy",
-}
+GROWING = 0.5
+SINK_LIFT = 2.0
 
 
-def site_name(site: int, num_sublayers: int) -> str:
-    """``layer 3 attention``, ``layer 3 mlp`` (decoder layers count from 1) or ``output``."""
-    if site == num_sublayers:
-        return "output"
-    return f"layer {site // 2 + 1} {'mlp' if site % 2 else 'attention'}"
+@dataclass(frozen=True)
+class Newest:
+    """The newest checkpoint of a run, loaded, and its first validation sequences."""
+
+    model: Transformer
+    progress: Progress
+    arrays: list[tuple[Tensor, Tensor]]
+    """(tokens, next tokens), each [<= 4, T], on the model's device."""
 
 
-class _Sums:
-    """Float64 sums over all tokens seen, on the model's device."""
-
-    def __init__(self, model: Transformer) -> None:
-        def zeros(size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.float64, device=model.embedding.weight.device)
-
-        num_sites = model.config.num_sublayers + 1
-        self.model = model
-        self.tokens = 0
-        self.output_squares = zeros(model.config.num_layers)
-        self.gradient_squares = zeros(model.config.num_layers)
-        self.weights = [zeros(len(model.stream.source_names(site))) for site in range(num_sites)]
-        self.entropy = zeros(num_sites)
-
-    def add(self, tokens: Tensor, targets: Tensor) -> None:
-        """One forward and one backward pass of a batch."""
-        stream = self.model.stream
-        mlp_outputs: list[Tensor] = []
-
-        def observe(site: int, state: Any, output: Tensor | None) -> None:
-            with torch.no_grad():
-                if len(self.weights[site]):
-                    weights = stream.weights(state, site).double()
-                    self.weights[site] += weights.flatten(1).sum(1)
-                    self.entropy[site] += torch.special.entr(weights).sum()
-                if output is not None and site % 2:
-                    after = stream.running_sum(stream.write(state, site, output))
-                    self.output_squares[site // 2] += after.double().square().sum()
-            if output is not None and site % 2:
-                mlp_outputs.append(output)
-
-        with torch.enable_grad(), torch.autocast(tokens.device.type, enabled=False):
-            logits = self.model.head(self.model.hidden(tokens, observe))
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-            # Asked for these only, autograd leaves the parameters' .grad alone and skips their share of the work.
-            gradients = torch.autograd.grad(loss, mlp_outputs)
-        for layer, gradient in enumerate(gradients):
-            self.gradient_squares[layer] += gradient.double().square().sum()
-        self.tokens += tokens.numel()
-
-
-def measure_depth(model: Transformer, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """The content of ``depth.json`` (see the top of this file), computed in the parameters' dtype without autocast.
-
-    The model is left as it was: parameters, their gradients and its mode.
-
-    Args:
-        model: any decoder.
-        batches: (tokens [B, T], next tokens [B, T]) on the model's device; the sizes may differ.
-
-    Raises:
-        UserError: there is no batch.
-    """
-    config, stream = model.config, model.stream
-    sums = _Sums(model)
-    for tokens, targets in batches:
-        sums.add(tokens, targets)
-    if not sums.tokens:
-        raise UserError("batches is empty: measuring depth needs at least one batch of text")
-
-    values = sums.tokens * config.dim
-    output, gradient = (sums.output_squares / values).sqrt(), (sums.gradient_squares / values).sqrt()
-    entropy = sums.entropy / sums.tokens
-    return {
-        "rule": config.residual.rule,
-        "tokens": sums.tokens,
-        "definitions": DEFINITIONS,
-        "layers": [
-            {"output_magnitude": o, "gradient_magnitude": g}
-            for o, g in zip(output.tolist(), gradient.tolist(), strict=True)
-        ],
-        "sites": [
-            {
-                "site": site,
-                "name": site_name(site, config.num_sublayers),
-                "sources": stream.source_names(site),
-                "weights": (weights / sums.tokens).tolist(),
-                "entropy_nats": entropy[site].item(),
-                "effective_sources": entropy[site].exp().item(),
-            }
-            for site, weights in enumerate(sums.weights)
-            if len(weights)
-        ],
-    }
-
-
-def write_depth(run: Path, *, sequences: int = 32, device: str = "auto") -> Path:
-    """Measure the newest checkpoint of ``run`` on its first validation sequences; write and return ``run/depth.json``.
-
-    Args:
-        run: a run folder; its data must still be where its config says.
-        sequences: how many validation sequences, at most; fewer if the split is shorter.
-        device: cpu, cuda or auto.
+def load_newest(run: Path, *, sequences: int, device: str) -> Newest:
+    """Load what an instrument measures on.
 
     Raises:
         UserError: not a run folder, no whole checkpoint, or data that is gone or has changed.
@@ -165,15 +66,118 @@ def write_depth(run: Path, *, sequences: int = 32, device: str = "auto") -> Path
     model = Transformer(config.model, end_of_text=progress.end_of_text)
     checkpoint.load_model(found[-1], model)
     model.to(place)
-
     held_out = Batches(shards, config.model.context, 0, shuffle=False)
     count = min(sequences, held_out.num_sequences)
     arrays = (held_out.get(first, min(4, count - first)) for first in range(0, count, 4))
-    batches = ((torch.from_numpy(x).to(place), torch.from_numpy(y).to(place)) for x, y in arrays)
-    depth = {"step": progress.step, **measure_depth(model, batches)}
-    path = run / "depth.json"
+    return Newest(model, progress, [(torch.from_numpy(x).to(place), torch.from_numpy(y).to(place)) for x, y in arrays])
+
+
+def write_json(path: Path, value: dict[str, Any]) -> Path:
+    """Write ``value`` to ``path``, whole or not at all."""
     temporary = path.with_suffix(".tmp")
     with writing(path):
-        temporary.write_text(json.dumps(depth, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
         temporary.replace(path)
     return path
+
+
+def write_depth(run: Path, *, sequences: int = 32, device: str = "auto") -> Path:
+    """Measure the newest checkpoint of ``run`` on its first validation sequences; write and return ``run/depth.json``.
+
+    Args:
+        run: a run folder; its data must still be where its config says.
+        sequences: how many validation sequences, at most; fewer if the split is shorter.
+        device: cpu, cuda or auto.
+
+    Raises:
+        UserError: as ``load_newest``.
+    """
+    found = load_newest(run, sequences=sequences, device=device)
+    depth = {"step": found.progress.step, **measure_depth(found.model, found.arrays)}
+    return write_json(run / "depth.json", depth)
+
+
+def growth(magnitudes: list[float]) -> float:
+    """The exponent g of ``magnitudes`` ~ l^g over decoder layers l = 1, 2 ... (see the top); 0 for a single layer."""
+    count = len(magnitudes)
+    if count < 2:
+        return 0.0
+    quarter = -(-count // 4)
+    first, last = statistics.mean(magnitudes[:quarter]), statistics.mean(magnitudes[-quarter:])
+    depths = (quarter + 1) / 2, count - (quarter - 1) / 2
+    return math.log(max(last, 1e-30) / max(first, 1e-30)) / math.log(depths[1] / depths[0])
+
+
+def sinks(weights: list[list[float]]) -> dict[int, float]:
+    """The sinks among sources by their number, with their lift; ``weights`` are each site's, oldest source first."""
+    lifts: dict[int, list[float]] = {}
+    for site in weights:
+        for source, weight in enumerate(site[1:-1], 1):
+            lifts.setdefault(source, []).append(weight * len(site))
+    means = {source: statistics.mean(values) for source, values in sorted(lifts.items())}
+    return {source: lift for source, lift in means.items() if lift >= SINK_LIFT}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a run's dynamics, summarised over its decoder layers and sites."""
+
+    step: int
+    growth: float
+    """Of the output magnitude, see the top of this file."""
+    largest_output: float
+    gradient_ratio: float
+    """Largest gradient magnitude of a layer over the smallest."""
+    update_to_weight: float
+    """Median over layers."""
+    effective_share: float | None
+    """Mean over sites of effective sources over sources; None for a rule that does not attend, as all below."""
+    embedding: float | None
+    """Mean weight on the embedding, over the sites that have other sources."""
+    last: float | None
+    """Mean weight on the newest source, over the same sites."""
+    sinks: dict[int, float] | None
+
+    @property
+    def verdict(self) -> Literal["growing", "bounded"]:
+        return "growing" if self.growth >= GROWING else "bounded"
+
+
+def _record(row: dict[str, Any]) -> Record:
+    outputs, gradients, updates = (
+        [layer[key] for layer in row["layers"]]
+        for key in ("output_magnitude", "gradient_magnitude", "update_to_weight")
+    )
+    sites = [site for site in row["sites"] if len(site["weights"]) > 1]
+
+    def mean(values: Iterator[float]) -> float | None:
+        return statistics.mean(values) if sites else None
+
+    smallest = min(gradients)
+    return Record(
+        step=row["step"],
+        growth=growth(outputs),
+        largest_output=max(outputs),
+        gradient_ratio=max(gradients) / smallest if smallest > 0 else math.inf,
+        update_to_weight=statistics.median(updates),
+        effective_share=mean(site["effective_sources"] / len(site["weights"]) for site in sites),
+        embedding=mean(site["weights"][0] for site in sites),
+        last=mean(site["weights"][-1] for site in sites),
+        sinks=sinks([site["weights"] for site in row["sites"]]) if sites else None,
+    )
+
+
+def records(run: Path) -> tuple[list[Record], float]:
+    """A run's records and what recording took, as a share of the time of its training steps.
+
+    Raises:
+        UserError: the run has recorded no dynamics.
+    """
+    rows = read_metrics(run)
+    seen = [row for row in rows if row["kind"] == "dynamics"]
+    if not seen:
+        raise UserError(f"{run} has no record of dynamics; train it with --dynamics-every 50")
+    steps = [row for row in rows if row["kind"] == "train"]
+    spent = itertools.accumulate(row["step_seconds"] for row in steps)
+    total = list(spent)[-1]
+    return [_record(row) for row in seen], sum(row["seconds"] for row in seen) / total

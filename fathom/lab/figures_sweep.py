@@ -1,7 +1,9 @@
 """Figures of sweeps: laws and their residuals, differences with intervals, depth-width maps; style as in figures.py."""
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fathom.lab.ablations import Row
 from fathom.lab.depth_width import Map
@@ -21,15 +23,22 @@ def look(arm: str, arms: list[str]) -> tuple[str, str]:
     return OTHER_COLOURS[place % len(OTHER_COLOURS)], OTHER_MARKERS[place % len(OTHER_MARKERS)]
 
 
+def _compute_axis(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%.3g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def law_figure(points: dict[str, Points], fitted: dict[str, Fitted], unit: str) -> Figure:
-    """Measured losses and the fitted laws, both axes logarithmic."""
+    """Measured losses and the fitted laws; compute on a logarithmic axis."""
     with _axes("Loss against compute") as (figure, axes):
         for arm, measured in points.items():
             colour, marker = look(arm, list(points))
             line = np.geomspace(measured.compute.min(), measured.compute.max(), 100)
             axes.plot(measured.compute, measured.losses, marker, color=colour, markersize=4)
             axes.plot(line, fitted[arm].law.loss(line), color=colour, lw=1.3, label=arm)
-        axes.set_xscale("log")
+        _compute_axis(axes)
         axes.set_xlabel(f"training compute, {unit}")
         axes.set_ylabel("validation loss, nats per token")
         axes.legend()
@@ -44,7 +53,7 @@ def residual_figure(points: dict[str, Points], fitted: dict[str, Fitted], unit: 
             colour, marker = look(arm, list(points))
             values = 1e3 * np.array(fitted[arm].residuals)
             axes.plot(measured.compute, values, color=colour, marker=marker, markersize=4, lw=1, label=arm)
-        axes.set_xscale("log")
+        _compute_axis(axes)
         axes.set_xlabel(f"training compute, {unit}")
         axes.set_ylabel("residual, thousandths of a nat")
         axes.legend()
@@ -68,6 +77,7 @@ def difference_figure(rows: list[Row], baseline: str, level: float) -> Figure:
             axes.plot(difference.mean, y, marker, color=colour, markersize=5, fillstyle="full" if told else "none")
         axes.set_yticks(range(len(shown)), [f"{row.case} {row.arm}" if many else row.arm for row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(f"nats per token, with {level:.0%} intervals")
     return figure
 

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from fathom.errors import UserError
 from fathom.lab import figures
 from fathom.lab.compare import difference, flags, headline
-from fathom.lab.dynamics import DEFINITIONS
 from fathom.lab.runs import Run, read_runs
 from fathom.train.config import to_dict
+from fathom.train.dynamics import DEFINITIONS
 
 NONE = "–"
 TABLE_ROWS = 40

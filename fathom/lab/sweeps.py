@@ -160,8 +160,17 @@ def three_rules(model: ModelConfig) -> dict[str, str]:
 
 ABLATIONS = {
     "prenorm": "prenorm",
+    "denseformer": "denseformer",
+    "mhc": "mhc",
     "full": "full",
+    "full-input-query": "full:query=input",
+    "full-static": "full:query=none",
+    "full-sigmoid": "full:activation=sigmoid",
+    "full-no-key-norm": "full:key_norm=false",
+    "full-window8": "full:window=8",
     "block-s4": "block:block_size=4",
+    "block-s4-heads16": "block:block_size=4,heads=16",
+    "block-s4-no-key-norm": "block:block_size=4,key_norm=false",
 }
 """Table 4's rows: its names here, and the rule."""
 

@@ -85,7 +85,7 @@ class RunConfig:
     log_every: int = 1
     """Steps between metric lines; on a GPU a larger number spares synchronisations."""
     dynamics_every: int = 0
-    """Steps between records of the training dynamics (`fathom lab dynamics`); 0 records none. About a sixth of a step each."""
+    """Steps between records of the training dynamics (`fathom lab dynamics`); 0 records none."""
     track: Literal["none", "tensorboard", "trackio"] = "none"
     """A second sink for the metrics beside metrics.jsonl."""
 
@@ -94,8 +94,9 @@ class RunConfig:
         for name, value, least in (
             ("steps", self.steps, 1), ("eval_every", self.eval_every, 1), ("eval_sequences", self.eval_sequences, 1),
             ("checkpoint_every", self.checkpoint_every, 1), ("keep_checkpoints", self.keep_checkpoints, 1),
-            ("log_every", self.log_every, 1), ("dynamics_every", self.dynamics_every, 0), ("data.batch", d.batch, 1), ("optim.warmup", o.warmup, 0),
-            ("optim.weight_decay", o.weight_decay, 0), ("optim.clip", o.clip, 0), ("seed", self.seed, 0),
+            ("log_every", self.log_every, 1), ("dynamics_every", self.dynamics_every, 0), ("data.batch", d.batch, 1),
+            ("optim.warmup", o.warmup, 0), ("optim.weight_decay", o.weight_decay, 0), ("optim.clip", o.clip, 0),
+            ("seed", self.seed, 0),
         ):  # fmt: skip
             if not value >= least:
                 raise UserError(f"{name} is {value}: it must be at least {least}")

@@ -5,7 +5,8 @@ A run folder describes itself:
     config.json      the RunConfig; loads back and resumes
     env.json         versions, machine, git state
     data.json        the corpus: its folder, the hashes of its text and of its tokens, end of text
-    metrics.jsonl    a line a step (train) and a line a validation (val)
+    metrics.jsonl    a line a step (train), a line a validation (val), a line a record of dynamics (dynamics)
+    dynamics.json    what a line of dynamics holds, if any are asked for
     tokenizer.json   so that the run can be sampled from
     checkpoints/     see checkpoint.py
     summary.json     written at the end: final losses, parameters, tokens, seconds of training steps
@@ -36,6 +37,7 @@ from fathom.train import checkpoint
 from fathom.train.checkpoint import Progress
 from fathom.train.config import RunConfig, load_config, read_object, save_config
 from fathom.train.data import SPLITS, Batches, Manifest, TokenShards
+from fathom.train.dynamics import DEFINITIONS, Recorder
 from fathom.train.embedded import embedded
 from fathom.train.environment import environment, peak_flops, pick_device
 from fathom.train.metrics import Metrics, ProgressLine, duration, writing
@@ -178,6 +180,23 @@ class Trainer:
                 tokens=step * self.tokens_per_step, step_seconds=seconds, tokens_per_second=rate, mfu=self.mfu(rate),
             )  # fmt: skip
 
+    def recorder(self) -> Recorder | None:
+        """What records dynamics, on the first validation sequence, if the config asks for it; writes ``dynamics.json``."""
+        if not self.config.dynamics_every:
+            return None
+        about = {"every": self.config.dynamics_every, "tokens": self.config.model.context, "definitions": DEFINITIONS}
+        with writing(self.run / "dynamics.json"):
+            (self.run / "dynamics.json").write_text(json.dumps(about, indent=2) + "\n")
+        tokens, targets = self.validation[0]
+        return Recorder(self.model, tokens[:1], targets[:1], every=self.config.dynamics_every)
+
+    def record_dynamics(self, recorder: Recorder) -> None:
+        """Write what ``recorder`` has seen of the last step; ``Diverged`` if a number of it is not finite."""
+        seen, step = recorder.after_step(), self.progress.step
+        values = [value for layer in seen["layers"] for value in layer.values()]
+        self._require_finite("a magnitude of the dynamics", torch.tensor(values), step)
+        self.metrics.write("dynamics", step, **seen)
+
     def mfu(self, rate: float) -> float | None:
         """Model FLOPs utilisation at ``rate`` tokens per second; None where the peak is not known."""
         return None if self.peak is None else self.flops_per_token * rate / self.peak
@@ -303,6 +322,7 @@ def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
     pending: list[tuple[int, StepResult]] = []
     begin = mark = time.perf_counter()
     started = trainer.progress.step
+    recorder = trainer.recorder()
 
     def record() -> None:
         """Losses stay on the device until now, so that a GPU is not made to wait at every step."""
@@ -314,6 +334,9 @@ def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
         mark = time.perf_counter()
 
     while trainer.progress.step < config.steps:
+        observer = recorder if recorder is not None and recorder.due(trainer.progress.step + 1) else None
+        if observer is not None:
+            observer.before_step()
         result = trainer.step()
         step = trainer.progress.step
         pending.append((step, result))
@@ -321,7 +344,7 @@ def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
         evaluate = step % config.eval_every == 0 or last
         save = step % config.checkpoint_every == 0 or last or bool(stop)
         # The first step of a process compiles and warms up: it gets a line of its own.
-        if len(pending) == config.log_every or step == started + 1 or evaluate or save:
+        if len(pending) == config.log_every or step == started + 1 or observer or evaluate or save:
             record()
             left = (config.steps - step) * (time.perf_counter() - begin) / (step - started)
             use = trainer.mfu(trainer.rates[-1])
@@ -331,6 +354,8 @@ def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
                 f"{config.model.residual.rule} step {step}/{config.steps}  loss {result.loss.item():.3f}{held_out}  "
                 f"{trainer.rates[-1]:,.0f} tokens/s  {share}  {duration(left)} left"
             )
+        if observer is not None:
+            trainer.record_dynamics(observer)
         if evaluate:
             trainer.validate()
         if save:
@@ -338,7 +363,7 @@ def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
             if stop and not last:
                 line.clear()
                 raise Interrupted(f"stopped after step {step}; saved {saved}")
-        if evaluate or save:
+        if observer or evaluate or save:
             mark = time.perf_counter()
     line.clear()
     return trainer.summarize()

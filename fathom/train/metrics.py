@@ -13,7 +13,8 @@ from typing import Any, TextIO
 from fathom.errors import UserError
 from fathom.train.config import RunConfig, to_dict
 
-_KEYS = {"train": {"step", "loss", "tokens", "step_seconds", "tokens_per_second"}, "val": {"step", "loss"}}
+_KEYS = {"train": {"step", "loss", "tokens", "step_seconds", "tokens_per_second"}, "val": {"step", "loss"},
+         "dynamics": {"step", "layers", "sites"}}  # fmt: skip
 """What a line of each kind holds at least."""
 
 
@@ -27,7 +28,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class Metrics:
-    """Appends one JSON object a line; each has ``kind`` (train, val) and ``step``. Losses are in nats per token."""
+    """Appends one JSON object a line; each has ``kind`` (train, val, dynamics) and ``step``. Losses are in nats per token."""
 
     def __init__(self, run: Path, config: RunConfig, *, keep_until: int) -> None:
         """Lines of steps after ``keep_until`` belong to a part of the run that will be run again, and are dropped."""

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fathom.errors import UserError
-from fathom.lab.dynamics import measure_depth, write_depth
+from fathom.lab.dynamics import write_depth
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
 from fathom.train import checkpoint
 from fathom.train.config import RunConfig, save_config
+from fathom.train.dynamics import measure_depth
 from fathom.train.embedded import embedded
 
 RULES = {
