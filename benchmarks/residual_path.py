@@ -26,7 +26,9 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +66,37 @@ def run_case(case: Case, options: argparse.Namespace, device: torch.device, dead
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     pool = torch.cuda.graph_pool_handle() if options.graph else None
 
-    def drop(name: str, note: str) -> None:
-        notes[name] = note
+    def attempt(name: str, part: Callable[[], None]) -> bool:
+        """Whether ``part`` went well; if not, the arm is left out with a note."""
+        try:
+            part()
+            return True
+        except Unavailable as reason:
+            notes[name] = f"not available: {reason}"
+        except Wrong as reason:
+            notes[name] = f"GATE FAILED, not timed: {reason}"
+        except torch.OutOfMemoryError:
+            notes[name] = "out of memory"
+        except Exception as reason:
+            traceback.print_exc(limit=-4)
+            notes[name] = f"FAILED: {type(reason).__name__}: {str(reason).strip()[:300]}"
         steppers.pop(name, None)
         found.pop(name, None)
         workload.clear()
+        return False
+
+    def admit(name: str) -> None:
+        rule = "prenorm" if name.startswith("prenorm") else "attnres"
+        stepper = Stepper(ARMS[name](workload), workload)
+        found[name] = first_call(stepper, clock, exact[rule], PEER_SLACK if name in peers.PEERS else SLACK)
+        steppers[name] = stepper
+
+    def add_graph(name: str) -> None:
+        try:
+            graphs[name] = capture(steppers[name], pool)
+        except RuntimeError as reason:
+            notes[name] = f"no CUDA graph: {str(reason).splitlines()[0]}"
+            workload.clear()
 
     begin = time.monotonic()
     exact = truths(workload)
@@ -76,49 +104,23 @@ def run_case(case: Case, options: argparse.Namespace, device: torch.device, dead
     print(f"\n{case.name}: {case.description}: truth found in {time.monotonic() - begin:.0f} s", flush=True)
     for name in options.arms:
         if time.monotonic() > deadline:
-            drop(name, "not run: the time budget was spent")
-            continue
-        rule, slack = (
-            "prenorm" if name.startswith("prenorm") else "attnres",
-            PEER_SLACK if name in peers.PEERS else SLACK,
-        )
-        try:
-            stepper = Stepper(ARMS[name](workload), workload)
-            found[name] = first_call(stepper, clock, exact[rule], slack)
-            steppers[name] = stepper
-        except Unavailable as reason:
-            drop(name, f"not available: {reason}")
-        except Wrong as reason:
-            drop(name, f"GATE FAILED, not timed: {reason}")
-        except torch.OutOfMemoryError:
-            drop(name, "out of memory in its first call")
-        except Exception as reason:
-            traceback.print_exc(limit=-4)
-            drop(name, f"FAILED: {type(reason).__name__}: {str(reason).strip()[:300]}")
-        print(f"  {name}: {notes.get(name) or f'first call {found[name].first_call_s:.1f} s'}", flush=True)
+            notes[name] = "not run: the time budget was spent"
+        elif attempt(name, partial(admit, name)):
+            print(f"  {name}: first call {found[name].first_call_s:.1f} s", flush=True)
+        if name in notes:
+            print(f"  {name}: {notes[name]}", flush=True)
     eager_errors = {name: truth.eager for name, truth in exact.items()}
-    del exact
+    exact.clear()
     gc.collect()
     for name in list(steppers):
-        try:
-            prepare(steppers[name], clock, found[name])
+        if attempt(name, partial(prepare, steppers[name], clock, found[name])):
             if options.profile:
-                found[name].kernels = profile(steppers[name])
-        except torch.OutOfMemoryError:
-            drop(name, "out of memory")
-            continue
-        if options.graph:
-            try:
-                graphs[name] = capture(steppers[name], pool)
-            except RuntimeError as reason:
-                notes[name] = f"no CUDA graph: {str(reason).splitlines()[0]}"
-                workload.clear()
+                attempt(name, partial(profile, steppers[name], found[name]))
+            if options.graph and name in steppers:
+                add_graph(name)
     for _ in range(options.rounds):
         for name in list(steppers):
-            try:
-                turn(steppers[name], clock, found[name], options.steps, graphs.get(name))
-            except torch.OutOfMemoryError:
-                drop(name, "out of memory beside what the other arms left in the allocator")
+            attempt(name, partial(turn, steppers[name], clock, found[name], options.steps, graphs.get(name)))
     return {
         "case": asdict(case),
         "description": case.description,

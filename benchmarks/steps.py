@@ -100,15 +100,15 @@ def capture(stepper: Stepper, pool: Any) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def profile(stepper: Stepper) -> list[tuple[str, int, float]]:
-    """The kernels of one step, the longest first."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as trace:
+def profile(stepper: Stepper, measured: Measured) -> None:
+    """Record the kernels of one step, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         stepper.step()
         torch.cuda.synchronize()
     stepper.clear()
-    events = [(e.key, e.count, e.self_device_time_total / 1e3) for e in trace.key_averages()]
-    return sorted((event for event in events if event[2] > 0), key=lambda event: -event[2])
+    kernels = [event for event in trace.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    rows = [(event.key, event.count, event.self_device_time_total / 1e3) for event in kernels]
+    measured.kernels = sorted(rows, key=lambda row: -row[2])
 
 
 def turn(stepper: Stepper, clock: Clock, measured: Measured, steps: int, graph: torch.cuda.CUDAGraph | None) -> None:
