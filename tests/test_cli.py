@@ -366,7 +366,7 @@ def test_residuals_counts_what_is_built(capsys: Capture) -> None:
 
     assert main(["residuals", "--dim", "8", "--layers", "5"]) == 0
     table = capsys.readouterr().out
-    assert all(row["equation"] in table and row["section"] in table for row in rows.values())
+    assert all(row["equation"] in table and row["source"] in table for row in rows.values())
 
 
 def test_bench_rows_follow_the_schema_of_results(capsys: Capture) -> None:

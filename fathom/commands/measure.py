@@ -6,49 +6,48 @@ from tyro.conf import arg
 
 from fathom.commands.output import Function, Json, columns, enough_memory, print_json
 
-EQUATIONS = {
-    "prenorm": ("h_l = h_{l-1} + f_{l-1}(h_{l-1})", "section 2"),
-    "full": ("h_l = Σ_{i<l} α_i v_i,  α = softmax(w_l·RMSNorm(v)),  v_0 = embedding, v_i = f_i(h_i)", "section 3.1"),
-    "block": (
-        "h_l = Σ_i α_i b_i over the embedding b_0, finished blocks b_n = Σ_{j∈block n} f_j(h_j), and the partial sum",
-        "section 3.2",
-    ),
-}
-"""A residual rule's equation and its place in arXiv 2603.15031."""
-
 
 def residuals() -> Function:
     def run(dim: int = 1024, layers: int = 24, as_json: Json = False) -> None:
-        """List the residual rules: equation, what each adds in parameters and keeps in memory, and what a read sees.
+        """List the residual rules: equation, source, and what each adds in parameters, arithmetic and memory.
 
         Args:
             dim: The width D.
             layers: Decoder layers, each of two sublayers.
         """
-        from fathom.models.accounting import parameters, source_counts
+        from fathom.models.accounting import flops_per_token, parameters, source_counts, state_bytes
         from fathom.models.config import ModelConfig, ResidualConfig
+        from fathom.residuals.catalogue import CATALOGUE
 
         rules: list[dict[str, Any]] = []
-        for rule, (equation, section) in EQUATIONS.items():
+        for rule, entry in CATALOGUE.items():
             residual = ResidualConfig(rule=rule)  # type: ignore[arg-type]
-            config = ModelConfig(dim=dim, num_layers=layers, num_heads=1, head_dim=2, mlp_dim=1, residual=residual)
+            config = ModelConfig(
+                dim=dim, num_layers=layers, num_heads=1, head_dim=dim + dim % 2, mlp_dim=1, residual=residual
+            )
             counts = source_counts(config)
             rules.append({
-                "rule": rule, "equation": equation, "section": section,
-                "parameters": parameters(config)["depth attention"],
-                "state_bytes_per_token": 2 * dim * max(counts),
-                "mean_sources": sum(counts) / len(counts),
+                "rule": rule, "name": entry.name, "equation": entry.equation, "source": entry.source, "start": entry.start,
+                "parameters": parameters(config)["residual rule"],
+                "flops_per_token": flops_per_token(config, 1)["residual rule"],
+                "state_bytes_per_token": state_bytes(config),
+                "mean_sources": sum(counts) / len(counts) if max(counts) > 1 else None,
             })  # fmt: skip
         if as_json:
             print_json(rules)
             return
-        rows = [["rule", "parameters added", "state bytes/token", "sources/read", "arXiv 2603.15031"]]
+        rows = [
+            ["rule", "parameters added", "FLOPs/token added", "state bytes/token", "sources/read", "at first", "arXiv"]
+        ]
         for r in rules:
-            numbers = [f"{r['parameters']:,}", f"{r['state_bytes_per_token']:,}", f"{r['mean_sources']:.2f}"]
-            rows.append([r["rule"], *numbers, r["section"]])
-        print(f"width {dim}, {2 * layers} sublayers; state: the sources that the widest read attends over, in bf16\n")
+            numbers = [f"{r['parameters']:,}", f"{r['flops_per_token']:,.0f}", f"{r['state_bytes_per_token']:,}"]
+            sources = "-" if r["mean_sources"] is None else f"{r['mean_sources']:.2f}"
+            rows.append([r["rule"], *numbers, sources, r["start"], r["source"]])
+        print(
+            f"width {dim}, {2 * layers} sublayers; state: what is carried between sublayers, where it is most, in bf16\n"
+        )
         print(columns(rows) + "\n")
-        print("\n".join(f"{r['rule']:<8}  {r['equation']}" for r in rules))
+        print("\n".join(f"{r['rule']:<17}  {r['equation']}" for r in rules))
 
     return run
 

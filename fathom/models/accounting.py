@@ -1,32 +1,36 @@
 """Counts of parameters, arithmetic and activation memory, each as named rows that add up to a checked total."""
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from fathom.models.config import ModelConfig
+from fathom.models.layers import AttentionInput, AttentionOutput
 from fathom.models.transformer import Transformer
+from fathom.residuals import make_stream
+from fathom.residuals.rule import Rule
+from fathom.stream import Stream
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by part. ``assert_parameters`` holds them against a built model."""
     inner, kv = config.num_heads * config.head_width, config.kv_heads * config.head_width
-    rows = {
+    with FakeTensorMode():
+        rule = sum(parameter.numel() for parameter in _stream(config).parameters())
+    return {
         "embedding": config.vocab_size * config.dim,
         "attention": config.num_layers * (config.dim * (inner + 2 * kv) + inner * config.dim),
         "mlp": config.num_layers * 3 * config.dim * config.mlp_width,
         "norms": (config.num_sublayers + 1) * config.dim
         + (2 * config.num_layers * config.head_width if config.qk_norm else 0),
-        "depth attention": 0,
+        "residual rule": rule,
         "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
     }
-    if config.residual.rule != "prenorm":
-        # A query, and a key gain if there is one, at every sublayer and at the output (section 5).
-        rows["depth attention"] = (config.num_sublayers + 1) * config.dim * (2 if config.residual.gain else 1)
-    return rows
 
 
 def assert_parameters(model: Transformer) -> int:
@@ -37,13 +41,43 @@ def assert_parameters(model: Transformer) -> int:
     return built
 
 
+def _stream(config: ModelConfig) -> Stream:
+    """The stream of ``config``, read by read. Its callers want shapes and no data: in a ``FakeTensorMode``."""
+    return make_stream(replace(config.residual, schedule="single_pass"), config.num_sublayers, config.dim)
+
+
 def source_counts(config: ModelConfig) -> list[int]:
-    """How many sources each site reads, the output last; a PreNorm site reads one running sum."""
-    if config.residual.rule == "prenorm":
-        return [1] * (config.num_sublayers + 1)
+    """How many sources each site attends over, the output last; 1 where a rule has no depth attention."""
     with FakeTensorMode():
-        stream = Transformer(config).stream
-    return [len(stream.source_names(site)) for site in range(config.num_sublayers + 1)]
+        stream = _stream(config)
+    return [max(1, len(stream.source_names(site))) for site in range(config.num_sublayers + 1)]
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes that the stream carries from one sublayer to the next for one token, in bf16, where it carries most."""
+    heads = config.residual.heads or 1
+    widths = [heads * -(-size // heads) for size in (256, 512)]
+    if config.dim <= widths[0]:
+        return 2 * _state_size(config, config.dim)
+    # Every tensor of a state has a size that is linear in D, so a narrow stream tells what a wide one carries.
+    small, large = (_state_size(config, width) for width in widths)
+    return 2 * (small + (large - small) * (config.dim - widths[0]) // (widths[1] - widths[0]))
+
+
+@torch.no_grad()
+def _state_size(config: ModelConfig, dim: int) -> int:
+    residual = replace(config.residual, schedule="single_pass")
+    stream, zero = make_stream(residual, config.num_sublayers, dim), torch.zeros(1, 1, dim)
+    state, most = stream.start(zero), 0
+    for site in range(config.num_sublayers):
+        x, state = stream.read(state, site, lambda h: h)
+        output: Any = zero.clone()
+        if isinstance(x, AttentionInput) and x.hand_over:
+            output = AttentionOutput(output, torch.zeros(1, config.kv_heads, 1, config.head_width))
+        state = stream.write(state, site, output)
+        kept = {id(leaf): leaf.numel() for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)}
+        most = max(most, sum(kept.values()))
+    return most
 
 
 def flops_per_token(config: ModelConfig, context: int) -> dict[str, float]:
@@ -51,17 +85,21 @@ def flops_per_token(config: ModelConfig, context: int) -> dict[str, float]:
 
     A multiply-add is two. Attention counts the causal half (on average (context + 1) / 2 keys), so a utilisation
     computed from this is lower than with the common full-square count. Norms, rotations and activations are left out.
-    A depth-attention site with N sources scores and mixes each: 4 N D, and squares each for its norm: 2 N D.
+    A depth-attention site with N sources scores and mixes each: 4 N D, and squares each for its norm: 2 N D. Other rules count
+    what they add in their ``flops``; PreNorm's additions are left out everywhere.
     """
     counts = parameters(config)
-    depth = 0.0
-    if config.residual.rule != "prenorm":
-        depth = 6.0 * config.dim * sum(source_counts(config))
+    with FakeTensorMode():
+        stream = _stream(config)
+    if isinstance(stream, Rule):
+        rule = float(stream.flops())
+    else:
+        rule = 0.0 if config.residual.rule == "prenorm" else 6.0 * config.dim * sum(source_counts(config))
     return {
         "attention matrices": 2.0 * counts["attention"],
         "attention scores": 4.0 * config.num_layers * config.num_heads * config.head_width * (context + 1) / 2,
         "mlp": 2.0 * counts["mlp"],
-        "depth attention": depth,
+        "residual rule": rule,
         "head": 2.0 * config.vocab_size * config.dim,
     }
 

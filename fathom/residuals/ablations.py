@@ -38,8 +38,10 @@ class DepthState(NamedTuple):
     """The embedding (if it stands alone) and every finished block's sum, each [..., D]."""
     partial: Tensor | None
     """The running sum of the current block; None at its start."""
-    latest: Tensor
-    """The read before; the embedding at first."""
+    latest: Tensor | None
+    """The read before (the embedding at first), where queries are projected from it."""
+    keys: tuple[Tensor, ...] = ()
+    """Keys of the bank, for a rule that projects them."""
 
 
 class SwitchedAttnRes(Rule):
@@ -94,11 +96,11 @@ class SwitchedAttnRes(Rule):
         """[N, ..., H]."""
         if self.kind == "none":
             return torch.stack([s.expand(*sources[0].shape[:-1], 1) for s in self.score[site]])
-        query = (
-            self.query[site]
-            if self.kind == "learned"
-            else product(self.normalised(state.latest), self.query_gate[site])
-        )
+        if self.kind == "learned":
+            query = self.query[site]
+        else:
+            assert state.latest is not None
+            query = product(self.normalised(state.latest), self.query_gate[site])
         query = query * self.key_gain[site] if self.has_gain else query
         keys = [self.normalised(s) if self.key_norm else s.to(compute_dtype(s)) for s in sources]
         return torch.stack([(query * key).unflatten(-1, (self.heads, -1)).sum(-1) for key in keys])
@@ -117,18 +119,17 @@ class SwitchedAttnRes(Rule):
         return weighted_sum(weights, heads).flatten(-2)
 
     def start(self, embedding: Tensor) -> DepthState:
-        if self.isolate_embedding:
-            return DepthState((embedding,), None, embedding)
-        return DepthState((), embedding, embedding)
+        latest = embedding if self.kind == "input" else None
+        return DepthState((embedding,), None, latest) if self.isolate_embedding else DepthState((), embedding, latest)
 
     def read(self, state: DepthState, site: int, norm: Norm) -> tuple[Tensor, DepthState]:
         mixed = self._mix(state, site)
-        return norm(mixed), state._replace(latest=mixed)
+        return norm(mixed), state._replace(latest=mixed) if self.kind == "input" else state
 
     def write(self, state: DepthState, site: int, output: Tensor) -> DepthState:
         total = output if state.partial is None else state.partial + output
         if site + 1 in self.starts or site + 1 == self.num_sublayers:
-            return DepthState((*state.bank, total), None, state.latest)
+            return state._replace(bank=(*state.bank, total), partial=None)
         return state._replace(partial=total)
 
     def finish(self, state: DepthState, norm: Norm) -> Tensor:

@@ -54,14 +54,27 @@ class LRAttnRes(SwitchedAttnRes):
         counts = [min(end, site) - start for start, end in zip(self.starts, ends, strict=True) if start < site]
         return [embedding, *(total / count for total, count in zip(sums, counts, strict=True))]
 
-    def scores(self, sources: list[Tensor], state: DepthState, site: int) -> Tensor:
+    def _key(self, source: Tensor, index: int) -> Tensor:
+        # A sum and its mean have the same key: the norm undoes the count.
         if self.keys == "sliced":
-            keys = [self.normalised(source[..., -self.key_dim :]) for source in sources]
-        else:
-            keys = [product(self.normalised(source), self.key_map[n]) for n, source in enumerate(sources)]
+            return self.normalised(source[..., -self.key_dim :])
+        return product(self.normalised(source), self.key_map[index])
+
+    def start(self, embedding: Tensor) -> DepthState:
+        return super().start(embedding)._replace(keys=(self._key(embedding, 0),))
+
+    def write(self, state: DepthState, site: int, output: Tensor) -> DepthState:
+        after = super().write(state, site, output)
+        if after.partial is not None:
+            return after
+        return after._replace(keys=(*state.keys, self._key(after.bank[-1], len(state.bank))))
+
+    def scores(self, sources: list[Tensor], state: DepthState, site: int) -> Tensor:
+        keys = [*state.keys] if state.partial is None else [*state.keys, self._key(state.partial, len(state.bank))]
         return torch.stack([(key * self.query[site]).sum(-1, keepdim=True) for key in keys]) * self.key_dim**-0.5
 
     def flops(self) -> float:
-        sources = sum(len(self._names(site)) for site in range(self.num_sublayers + 1))
-        keys = sources * (2 * self.dim * (self.key_dim if self.keys == "projected" else 0) + 4 * self.key_dim)
-        return 2 * sources * self.dim + keys
+        names = [self._names(site) for site in range(self.num_sublayers + 1)]
+        keys = len(names[-1]) + sum(site[-1] == "partial" for site in names)
+        projected = 2 * self.dim * self.key_dim if self.keys == "projected" else 0
+        return sum(map(len, names)) * (2 * self.dim + 2 * self.key_dim) + keys * (projected + 3 * self.dim)

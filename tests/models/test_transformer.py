@@ -75,7 +75,7 @@ def test_nonzero_queries_change_the_network_and_schedules_do_not(rule: str):
 def test_parameters_are_counted_exactly(rule: str, tie: bool, options: dict):
     model = build(RULES[rule], tie_embeddings=tie, **options)
     assert assert_parameters(model) == sum(p.numel() for p in model.parameters())
-    depth = parameters(model.config)["depth attention"]
+    depth = parameters(model.config)["residual rule"]
     assert depth == (0 if rule == "prenorm" else 2 * (2 * SMALL["num_layers"] + 1) * SMALL["dim"])
 
 
@@ -93,8 +93,8 @@ def test_flops_are_those_that_run():
 def test_depth_attention_flops_follow_the_sources():
     config = ModelConfig(**SMALL, residual=ResidualConfig(rule="block", block_size=2))
     assert source_counts(config) == [1, 2, 2, 3, 3, 4, 4]
-    assert flops_per_token(config, 16)["depth attention"] == 6 * 24 * 19
-    assert flops_per_token(ModelConfig(**SMALL, residual=RULES["prenorm"]), 16)["depth attention"] == 0
+    assert flops_per_token(config, 16)["residual rule"] == 6 * 24 * 19
+    assert flops_per_token(ModelConfig(**SMALL, residual=RULES["prenorm"]), 16)["residual rule"] == 0
 
 
 @pytest.mark.parametrize("rule", ["prenorm", "full", "block"])
