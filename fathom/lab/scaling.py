@@ -68,27 +68,25 @@ def _solve(compute: Array, losses: Array, exponent: Array, irreducible: bool) ->
     return floor, scale, error
 
 
-def fit(compute: Float[Array, " n"], losses: Float[Array, "*draws n"], *, irreducible: bool) -> Law:
+def fit(compute: Float[Array, "*#draws n"], losses: Float[Array, "*draws n"], *, irreducible: bool) -> Law:
     """The least-squares law of each row of ``losses``, nats per token, against ``compute``, in any unit."""
-    compute, losses = np.asarray(compute, float), np.asarray(losses, float)
-    middle = math.exp(np.log(compute).mean())
-    ratio, rows = compute / middle, losses.reshape(-1, losses.shape[-1])
-    errors = np.stack([
-        _solve(ratio, rows, np.full(len(rows), exponent), irreducible)[2] for exponent in _EXPONENTS
-    ])  # fmt: skip
-    best = errors.argmin(0)
+    losses = np.asarray(losses, float)
+    shape, rows = losses.shape[:-1], losses.reshape(-1, losses.shape[-1])
+    logs = np.log(np.broadcast_to(compute, losses.shape)).reshape(rows.shape)
+    middle = np.exp(logs.mean(-1))
+    ratio = np.exp(logs - logs.mean(-1, keepdims=True))
+    best = _solve(ratio, rows, _EXPONENTS[:, None], irreducible)[2].argmin(0)
     low = np.log(_EXPONENTS[np.maximum(best - 1, 0)])
     high = np.log(_EXPONENTS[np.minimum(best + 1, len(_EXPONENTS) - 1)])
     golden = (math.sqrt(5) - 1) / 2
-    for _ in range(40):
+    for _ in range(30):
         left, right = high - golden * (high - low), low + golden * (high - low)
-        smaller = _solve(ratio, rows, np.exp(left), irreducible)[2] < _solve(ratio, rows, np.exp(right), irreducible)[2]
+        errors = _solve(ratio, rows, np.exp(np.stack([left, right])), irreducible)[2]
+        smaller = errors[0] < errors[1]
         low, high = np.where(smaller, low, left), np.where(smaller, right, high)
     exponent = np.exp((low + high) / 2)
     floor, scale, _ = _solve(ratio, rows, exponent, irreducible)
-    law = Law(floor, scale * middle**exponent, exponent)
-    shape = losses.shape[:-1]
-    return Law(law.floor.reshape(shape)[()], law.scale.reshape(shape)[()], law.exponent.reshape(shape)[()])
+    return Law(*(value.reshape(shape)[()] for value in (floor, scale * middle**exponent, exponent)))
 
 
 def multiplier(baseline: Law, arm: Law, budget: float) -> Any:
@@ -162,29 +160,21 @@ def fit_arms(
         arm: fit(points.compute, (expected + noise)[..., column], irreducible=irreducible)
         for column, (arm, points) in enumerate(table.items())
     }
-    kept = [np.delete(np.arange(n), i) for i in range(n)]
+    kept = np.array([np.delete(np.arange(n), i) for i in range(n)])
     left_out = {
-        arm: [fit(points.compute[rows], points.losses[rows], irreducible=irreducible) for rows in kept]
-        for arm, points in table.items()
+        arm: fit(points.compute[kept], points.losses[kept], irreducible=irreducible) for arm, points in table.items()
     }
 
-    def estimate(value: Any, draws: Any, others: list[Any]) -> Estimate:
+    def estimate(value: Any, draws: Array, others: Array) -> Estimate:
         # Values of single draws: interpolating would give NaN beside an infinite multiplier.
         low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
-        return Estimate(float(value), (float(low), float(high)), (float(min(others)), float(max(others))))
+        return Estimate(float(value), (float(low), float(high)), (float(others.min()), float(others.max())))
 
     def coefficient(arm: str, name: str) -> Estimate:
-        return estimate(
-            getattr(laws[arm], name), getattr(drawn[arm], name), [getattr(law, name) for law in left_out[arm]]
-        )
+        return estimate(*(getattr(which[arm], name) for which in (laws, drawn, left_out)))
 
     def against(arm: str) -> Estimate:
-        pairs = zip(left_out[baseline], left_out[arm], strict=True)
-        return estimate(
-            multiplier(laws[baseline], laws[arm], budget),
-            multiplier(drawn[baseline], drawn[arm], budget),
-            [multiplier(base, other, budget) for base, other in pairs],
-        )
+        return estimate(*(multiplier(which[baseline], which[arm], budget) for which in (laws, drawn, left_out)))
 
     return {
         arm: Fitted(
