@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import matplotlib
 import numpy as np
@@ -20,9 +20,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 
 from fathom.lab.runs import Run
+from fathom.models.config import Rule
 
 COLOURS = {"prenorm": "#7a7a7a", "block": "#0072b2", "full": "#d55e00"}
 MARKERS = {"prenorm": "o", "block": "s", "full": "^"}
+# Four colours and seven markers: no two of the other rules share both.
+for _rule, _colour, _marker in zip(
+    (rule for rule in get_args(Rule) if rule not in MARKERS),
+    cycle(("#009e73", "#cc79a7", "#56b4e9", "#e69f00")),
+    cycle("DvPX<>*"),
+    strict=False,
+):
+    COLOURS[_rule], MARKERS[_rule] = _colour, _marker
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))
 POINTS = 300
 INK = "#1d1f21"
