@@ -70,17 +70,17 @@ def read_outcomes(folders: Iterable[Path]) -> list[Outcome]:
 
 
 def _require_equal_cases(found: list[Outcome]) -> None:
-    """Runs of one case may differ in rule, seed and rates; not in shape, data or length."""
+    """Runs of one case may differ in rule, seed and rates; not in shape, batch or length."""
     first: dict[str, Planned] = {}
     for planned in (end.planned for end in found):
         other = first.setdefault(planned.case, planned)
         for part in (
             lambda p: replace(p.config.model, residual=ResidualConfig()),
-            lambda p: (p.config.steps, p.config.data),
+            lambda p: (p.config.steps, p.config.data.batch),
         ):
             if part(planned) != part(other):
                 raise UserError(
-                    f"{other.name} and {planned.name} are both of case {planned.case}, but differ in shape, data or steps"
+                    f"{other.name} and {planned.name} are both of case {planned.case}, but differ in shape, batch or steps"
                 )
 
 
