@@ -1,0 +1,151 @@
+"""The residual-path benchmark's own arithmetic: its gate, its ratios, its byte floors. Its times need a GPU."""
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+MODULES = ("workloads", "arms", "gate", "peers", "timing", "steps", "summarize", "residual_path", "kernels_alone")
+
+
+@pytest.fixture(scope="module")
+def benchmarks() -> Iterator[SimpleNamespace]:
+    """The scripts' modules, imported as they import each other, and forgotten again: their names are common words."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        for name in MODULES:
+            patch.delitem(sys.modules, name, raising=False)
+        yield SimpleNamespace(**{name: import_module(name) for name in MODULES})
+        for name in MODULES:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module", params=["stack-d2048", "model-d2304"])
+def workload(request: pytest.FixtureRequest, benchmarks: SimpleNamespace) -> object:
+    return benchmarks.workloads.make_workload(benchmarks.workloads.CASES[request.param].tiny(), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def truths(benchmarks: SimpleNamespace, workload: object) -> dict[str, object]:
+    return benchmarks.gate.truths(workload)
+
+
+def errors(gate: ModuleType, arm: object, workload: object, truth: object) -> dict[str, tuple[float, float]]:
+    return gate.errors(gate.backward_results(arm, workload), truth.values)
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 4])
+def test_fathom_passes_the_gate(benchmarks, workload, truths, checkpoint_every) -> None:
+    arms, gate = benchmarks.arms, benchmarks.gate
+    arm = arms.stream_arm("fathom", workload, arms.fathom_stream(workload), checkpoint_every)
+    found = errors(gate, arm, workload, truths["attnres"])
+    assert set(found) == {"output", "input_gradient", "query_gradient"}
+    gate.gate(found, truths["attnres"].eager, gate.SLACK)
+
+
+def test_the_peers_stream_is_block_attnres_in_float32(benchmarks, truths, workload) -> None:
+    """Two implementations, of one schedule each, agree to float32 rounding: the truth is the truth."""
+    arms, gate = benchmarks.arms, benchmarks.gate
+    exact = benchmarks.workloads.make_workload(workload.case, torch.device("cpu"))
+    exact.network.float()
+    exact = benchmarks.workloads.Workload(
+        exact.case, exact.network, exact.embedding.detach().float().requires_grad_(), exact.gradient.float(),
+        exact.queries.float(), exact.gains.float(),
+    )  # fmt: skip
+    found = errors(gate, arms.stream_arm("fathom", exact, arms.fathom_stream(exact)), exact, truths["attnres"])
+    assert max(worst for _, worst in found.values()) < 1e-4
+
+
+def wrong_reads(arms: ModuleType) -> dict[str, object]:
+    def oldest_dropped(bank, partial, output, query, gain, weight):
+        total, _ = arms.plain_read(bank, partial, output, query, gain, weight)
+        return total, arms.plain_read(bank[1:], partial, output, query, gain, weight)[1]
+
+    def one_token(bank, partial, output, query, gain, weight):
+        total, x = arms.plain_read(bank, partial, output, query, gain, weight)
+        return total, torch.cat((x[:, :-1], x[:, -1:].flip(-1)), 1)
+
+    def no_query_gradient(bank, partial, output, query, gain, weight):
+        return arms.plain_read(bank, partial, output, query.detach(), gain, weight)
+
+    def unnormalised_keys(bank, partial, output, query, gain, weight):
+        total = output if partial is None else partial + output
+        values = torch.stack([source.float() for source in (*bank, total)])
+        mix = ((values @ query.float()).softmax(0).unsqueeze(-1) * values).sum(0)
+        return total, arms.norm(mix.to(total.dtype), weight)
+
+    return {f.__name__: f for f in (oldest_dropped, one_token, no_query_gradient, unnormalised_keys)}
+
+
+@pytest.mark.parametrize("name", ["oldest_dropped", "one_token", "no_query_gradient", "unnormalised_keys"])
+def test_a_wrong_arm_is_refused(benchmarks, workload, truths, name) -> None:
+    arms, gate = benchmarks.arms, benchmarks.gate
+    stream = arms.ListAttnRes(workload, wrong_reads(arms)[name], compiled_norms=False)
+    found = errors(gate, arms.stream_arm(name, workload, stream), workload, truths["attnres"])
+    with pytest.raises(gate.Wrong, match="times that of eager bf16"):
+        gate.gate(found, truths["attnres"].eager, gate.PEER_SLACK)
+
+
+def test_a_nan_is_refused(benchmarks) -> None:
+    truth = torch.ones(4, 3)
+    value = truth.clone()
+    value[2, 1] = torch.nan
+    with pytest.raises(benchmarks.gate.Wrong):
+        benchmarks.gate.gate({"output": benchmarks.gate.error(value, truth)}, {"output": (1.0, 1.0)}, 2.0)
+
+
+def test_one_wrong_row_among_many_is_refused(benchmarks) -> None:
+    gate = benchmarks.gate
+    truth = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0))
+    rounded, wrong = truth.bfloat16(), truth.bfloat16()
+    wrong[-1] *= 1.1
+    eager, found = gate.error(rounded, truth), gate.error(wrong, truth)
+    assert found[0] < 1.5 * eager[0], "the mean does not see it"
+    with pytest.raises(gate.Wrong, match="worst"):
+        gate.gate({"output": found}, {"output": eager}, gate.PEER_SLACK)
+
+
+def test_depth_queries_are_not_zero(workload) -> None:
+    assert workload.queries.float().std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_ratios_are_taken_between_times_of_one_round(benchmarks) -> None:
+    """The median of the rounds' ratios is 1 here, the ratio of the medians 4/3."""
+
+    def arm(rounds: list[float], gib: float) -> dict[str, object]:
+        times = [[t, 9 * t, t] for t in rounds]
+        return {"forward_ms": times, "forward_backward_ms": times, "wall_ms": times, "graph_ms": [], "peak_gib": gib,
+                "first_call_s": 3.0}  # fmt: skip
+
+    arms = {"prenorm": arm([1.0, 2.0, 3.0, 4.0, 5.0], 2.0), "fathom": arm([2.0, 2.0, 6.0, 4.0, 5.0], 3.0)}
+    raw = {"case": {"name": "c", "dim": 8}, "pass_ms": 0.5, "arms": arms}
+    seen: set[tuple[str, int]] = set()
+    rows = {(r["arm"], r["metric"]): r for r in benchmarks.residual_path.rows(raw, seen)}
+    whole = rows["fathom", "forward_backward_ms"]
+    assert (whole["median"], whole["low"], whole["high"], whole["n"], whole["over_prenorm"]) == (4, 2, 6, 5, 1)
+    assert rows["fathom", "forward_backward_passes"]["median"] == 8
+    assert rows["fathom", "peak_gib"]["over_prenorm"] == 1.5
+    assert ("fathom", "first_call_s") in rows
+    again = {(r["arm"], r["metric"]) for r in benchmarks.residual_path.rows(raw, seen)}
+    assert ("fathom", "first_call_s") not in again, "a later case of that width finds the kernels compiled"
+
+
+def test_byte_floors_count_each_tensor_once(benchmarks) -> None:
+    alone = benchmarks.kernels_alone
+    for operation in (alone.inter(1, 6), alone.inter(4, 8), alone.single(8), alone.update(first=False)):
+        inputs = operation.inputs(20, 16, torch.device("cpu"))
+        outputs = operation.plain(inputs)
+        wide = sum(x.ndim == 2 for x in (*inputs, *outputs))
+        narrow = sum(x.shape == (20,) for x in (*inputs, *outputs))
+        assert (operation.forward_wide, operation.forward_lses) == (wide, narrow), operation.name
+
+
+def test_the_kernels_operations_agree_with_their_plain_equations(benchmarks) -> None:
+    alone = benchmarks.kernels_alone
+    for operation in (alone.inter(3, 2), alone.single(3), alone.update(first=False), alone.update(first=True)):
+        alone.check(operation, operation.arms["fathom"](), 256, 20, torch.device("cpu"), 2.0)
