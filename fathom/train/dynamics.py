@@ -25,7 +25,8 @@ from fathom.models.transformer import Transformer
 DEFINITIONS = {
     "output_magnitude": (
         "root mean square over tokens and channels of the running sum after the decoder layer: the hidden state "
-        "(PreNorm), the current block's partial sum (Block AttnRes), or the output of the layer's MLP (Full AttnRes)"
+        "(PreNorm), the current block's partial sum (Block AttnRes), the output of the layer's MLP (Full AttnRes), or what "
+        "the rule's file says of ``running_sum``"
     ),
     "gradient_magnitude": (
         "root mean square over tokens and channels of the gradient of the summed token losses (nats) with respect to "
