@@ -3,7 +3,7 @@
     L(C) = E + A C^-α          E >= 0; E = 0 is the paper's form (arXiv 2603.15031, section 5)
     multiplier(C) = C' / C     where L_baseline(C') = L_arm(C): the baseline needs that much more compute for the arm's loss
 
-Fits are least squares in nats. For a given α both other coefficients are linear, so only α is searched for.
+Fits are least squares in nats. For a given α both other coefficients are linear, so only α is searched for, from 0.001 to 3.
 
 Intervals come from refits to the fitted law plus drawn residuals (a parametric bootstrap): normal, scaled like the fit's own
 residuals, with that scale drawn too, because a handful of sizes leave it uncertain. For a law that is linear in its
