@@ -117,20 +117,25 @@ def inter_block(
         from fathom.kernels import inter as kernel
         from fathom.kernels.tiles import as_rows
 
-        fused = norm_weight if kernel.fits(len(sources), shape[-1]) else None
-        rows, lse, _, _, _ = kernel.inter_block(
-            [as_rows(source) for source in sources], fold_gain(queries, gain).contiguous(), fused, eps, norm_eps, scale,
-            normalize_values,
-        )  # fmt: skip
+        rows, lse, _, _ = kernel.inter_block(
+            [as_rows(source) for source in sources], fold_gain(queries, gain).contiguous(), eps, scale, normalize_values
+        )
+        if norm_weight is not None:
+            rows[0] = _norm(rows[0], norm_weight, norm_eps)
         outs = [row.view(shape) for row in rows]
-        if norm_weight is not None and fused is None:
-            outs[0] = two_phase.rms_norm(outs[0], norm_weight, norm_eps)
         return outs, [row.view(shape[:-1]) for row in lse.unbind(0)]
     out, lse = two_phase.inter_block(sources, queries, gain, eps=eps, scale=scale, normalize_values=normalize_values)
     outs = list(out.unbind(0))
     if norm_weight is not None:
         outs[0] = two_phase.rms_norm(outs[0], norm_weight, norm_eps)
     return outs, lse.unbind(0)
+
+
+def _norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of [tokens, D]: what ``update_read`` is without a partial sum and without sources."""
+    from fathom.kernels import update
+
+    return update.update_read(None, rows, None, None, None, weight, 0.0, eps, False)[0]
 
 
 def read(

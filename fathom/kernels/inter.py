@@ -1,17 +1,20 @@
 """Reads over the same sources in one sweep, forward and backward: the kernels behind ``inter_block`` and ``read``.
 
-Forward, one program for a few tokens, sources v_n held in registers (or swept in column chunks where they do not fit):
-
     r_n = 1 / sqrt(mean(v_n²) + eps)     s_sn = scale · r_n (q_s · v_n)     p_sn = softmax_n(s_sn)     out_s = Σ_n p_sn v_n
 
-Saved for the backward pass: the sources, and per token r [N], s [S, N] and lse [S]; neither p nor out. Backward, one sweep
-for all reads, whose gradients meet in registers:
+Saved for the backward pass: the sources, and per token r [N], s [N, S] and lse [S]; neither p nor out. Backward, one sweep
+for all reads, whose gradients meet before they are written:
 
     dp_sn = dout_s · v_n              ds_sn = p_sn (dp_sn − Σ_m p_sm dp_sm + dlse_s)              c_sn = scale · r_n ds_sn
     dv_n  = Σ_s (p_sn dout_s + c_sn q_s) − v_n r_n² / D Σ_s ds_sn s_sn                          dq_s = Σ_tokens Σ_n c_sn v_n
 
-The query gradient is a reduction of its own over [tokens], in a fixed order: each program sums its share, then the shares
-are added. With ``NORMALIZE`` the values are v_n r_n as well (Inkling-2); with ``NORM`` the first read is returned RMS-normalised.
+What sums over D is a matrix product of small tiles, so that no thread waits for another's partial sum: q · v of all tokens in
+a kernel of its own (``_scores``), dout · v of a few tokens at a time, their reads as rows and their sources as columns, of
+which the ones of the same token are kept. What sums over N or S is done column by column, each thread with its own eight.
+
+A float32 factor of a bfloat16 tile is a sum of three bfloat16 terms. The query gradient is a reduction of its own, in a fixed
+order: each program sums its share of the tokens, then the shares are added. With ``NORMALIZE`` the values are v_n r_n as well
+(Inkling-2).
 """
 
 import torch
@@ -21,301 +24,325 @@ from torch import Tensor
 
 from fathom.kernels.tiles import (
     accumulator,
-    as_rows,
-    column,
     is_aligned,
     pick,
     pick_stride,
     power_of_two,
-    read_tile,
     row_pointers,
     statistic,
-)  # fmt: skip
+)
 
-QUERY_TOKENS = 32
+SCORE_ROWS, SCORE_COLUMNS = 64, 128
+"""Tile of sources in ``_scores``."""
+PAIR_COLUMNS = 128
+"""Columns of one step of dout · v."""
+WARPS = 4
+"""Of the programs that go column by column: each takes 256 columns a warp at a time."""
+MIX_TOKENS = 4
+"""Tokens of one program of ``_mix``."""
+QUERY_TOKENS, QUERY_COLUMNS, QUERY_SHARES = 64, 128, 64
+"""Tokens and columns of one step of the query gradient, and into how many shares all tokens are cut."""
 
 
 @triton.jit
-def _forward(
-    sources, strides, queries, outs, lse, scores, rstd, norm_weight, norm_rstd, num_tokens, dim, eps, norm_eps, scale,
-    N: tl.constexpr, S: tl.constexpr, N_PAD: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    SINGLE: tl.constexpr, NORM: tl.constexpr, NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
-    BYTES: tl.constexpr,
+def _times(a, b, COUNT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """``a @ b`` for a wide ``a``, of which COUNT terms are used under ``SPLIT``, and a ``b`` in the sources' dtype."""
+    if SPLIT:
+        term = a.to(tl.bfloat16)
+        total = tl.dot(term, b)
+        for _ in tl.static_range(COUNT - 1):
+            a -= term.to(a.dtype)
+            term = a.to(tl.bfloat16)
+            total = tl.dot(term, b, total)
+        return total
+    return tl.dot(a, b.to(a.dtype), input_precision=PRECISION, out_dtype=a.dtype)
+
+
+@triton.jit
+def _scores(
+    sources, strides, queries, scores, rstd, num_tokens, dim, eps, scale,
+    N: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
+    ACC: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Scores [tokens, N, S] and reciprocal norms [tokens, N] of source ``program_id(1)``."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    n, reads, d = tl.arange(0, N_PAD), tl.arange(0, S_PAD), tl.arange(0, BLOCK_D)
-    rows = row_pointers(sources, strides, n, t, N, sources[0].dtype.element_ty, BYTES, ALIGNED)[:, :, None]
-    here, live = t < num_tokens, n < N
-    mask = (here[:, None] & live[None, :])[:, :, None]
-
-    square = tl.zeros([BLOCK_T, N_PAD], ACC)
-    dots = tl.zeros([BLOCK_T, N_PAD, S_PAD], ACC)
-    v = tl.load(rows + d[None, None, :], mask & (d < dim)[None, None, :], other=0).to(ACC)
+    n = tl.program_id(1)
+    s, d = tl.arange(0, S_PAD), tl.arange(0, BLOCK_D)
+    here = t < num_tokens
+    source = pick(sources, n, N, ALIGNED)[:, None] + t[:, None] * pick_stride(strides, n, N)
+    dots = tl.zeros([S_PAD, BLOCK_T], ACC)
+    square = tl.zeros([BLOCK_T], ACC)
     for start in range(0, dim, BLOCK_D):
-        columns = start + d
-        if not SINGLE:
-            v = tl.load(rows + columns[None, None, :], mask & (columns < dim)[None, None, :], other=0).to(ACC)
-        square += tl.sum(v * v, 2)
-        for s in range(S):
-            q = tl.load(queries + s * dim + columns, columns < dim, other=0).to(ACC)
-            dots += tl.where(reads[None, None, :] == s, tl.sum(v * q[None, None, :], 2)[:, :, None], 0)
-
+        column = start + d
+        v = tl.load(source + column[None, :], here[:, None] & (column < dim)[None, :], other=0)
+        q = tl.load(queries + s[:, None] * dim + column[None, :], (s < S)[:, None] & (column < dim)[None, :], other=0)
+        dots += _times(q.to(ACC), tl.trans(v), 3, SPLIT, PRECISION)
+        square += tl.sum(v.to(ACC) * v.to(ACC), 1)
     r = 1 / tl.sqrt(square / dim + eps)
-    score = tl.where(live[None, :, None], dots * (r * scale)[:, :, None], float("-inf"))
-    largest = tl.max(score, 1)
-    e = tl.exp(score - largest[:, None, :])
-    total = tl.sum(e, 1)
-    p = e / total[:, None, :]
-    tl.store(rstd + n[None, :] * num_tokens + t[:, None], r, here[:, None] & live[None, :])
-    small = reads < S
-    tl.store(
-        scores + (reads[None, None, :] * N + n[None, :, None]) * num_tokens + t[:, None, None],
-        score, mask & small[None, None, :],
-    )  # fmt: skip
-    tl.store(lse + reads[None, :] * num_tokens + t[:, None], largest + tl.log(total), here[:, None] & small[None, :])
-    weight = p * r[:, :, None] if NORMALIZE else p
+    tl.store(rstd + t * N + n, r, here)
+    at = (t[None, :] * N + n) * S + s[:, None]
+    tl.store(scores + at, dots * (r * scale)[None, :], (s < S)[:, None] & here[None, :])
 
+
+@triton.jit
+def _mix(
+    sources, strides, scores, rstd, outs, lse, num_tokens, dim,
+    N: tl.constexpr, S: tl.constexpr, N_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """The reads of ``BLOCK_T`` tokens, one after the other, and their lse."""
+    element: tl.constexpr = sources[0].dtype.element_ty
+    n, d = tl.arange(0, N_PAD), tl.arange(0, BLOCK_D)
+    begin = tl.program_id(0).to(tl.int64) * BLOCK_T
+    for i in range(tl.minimum(BLOCK_T, num_tokens - begin)):
+        t = begin + i
+        source = row_pointers(sources, strides, n, t, N, element, BYTES, ALIGNED)[:, None]
+        r = tl.load(rstd + t * N + n, n < N, other=0)
+        for start in range(0, dim, BLOCK_D):
+            column = start + d
+            v = tl.load(source + column[None, :], (n < N)[:, None] & (column < dim)[None, :], other=0).to(ACC)
+            for s in range(S):
+                score = tl.load(scores + (t * N + n) * S + s, n < N, other=float("-inf"))
+                top = tl.max(score, 0)
+                p = tl.exp(score - top)
+                total = tl.sum(p, 0)
+                if start == 0:
+                    tl.store(lse + s * num_tokens + t, top + tl.log(total))
+                weight = p / total
+                if NORMALIZE:
+                    weight *= r
+                mix = tl.sum(weight[:, None] * v, 0)
+                tl.store(pick(outs, s, S, ALIGNED) + t * dim + column, mix.to(element), column < dim)
+
+
+@triton.jit
+def _source_gradients(
+    sources, strides, queries, douts, douts_strides, dsources, coefficients, shares, own, begin,
+    num_tokens, dim,
+    N: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """dv of the tokens from ``begin`` on, column by column, from what ``_backward`` has stored for them."""
+    element: tl.constexpr = sources[0].dtype.element_ty
+    d, s = tl.arange(0, BLOCK_D), tl.arange(0, S_PAD)
     for start in range(0, dim, BLOCK_D):
-        columns = start + d
-        if not SINGLE:
-            v = tl.load(rows + columns[None, None, :], mask & (columns < dim)[None, None, :], other=0).to(ACC)
-        inside = here[:, None] & (columns < dim)[None, :]
-        for s in range(S):
-            mix = tl.sum(column(weight, reads, s)[:, :, None] * v, 1)
-            if NORM and s == 0:
-                m = 1 / tl.sqrt(tl.sum(mix * mix, 1) / dim + norm_eps)
-                tl.store(norm_rstd + t, m, here)
-                gain = tl.load(norm_weight + columns, columns < dim, other=0).to(ACC)
-                mix = mix * m[:, None] * gain[None, :]
-            out = pick(outs, s, S, ALIGNED) + t[:, None] * dim + columns[None, :]
-            tl.store(out, mix.to(outs[0].dtype.element_ty), inside)
+        column = start + d
+        q = tl.load(
+            queries + s[:, None] * dim + column[None, :], (s < S)[:, None] & (column < dim)[None, :], other=0
+        ).to(ACC)
+        for i in range(tl.minimum(BLOCK_T, num_tokens - begin)):
+            t = begin + i
+            dout = row_pointers(douts, douts_strides, s, t, S, element, BYTES, ALIGNED)[:, None]
+            g = tl.load(dout + column[None, :], (s < S)[:, None] & (column < dim)[None, :], other=0).to(ACC)
+            for j in range(N):
+                at = (t * N + j) * S + s
+                share = tl.load(shares + at, s < S, other=0)
+                c = tl.load(coefficients + at, s < S, other=0)
+                dv = tl.sum(share[:, None] * g + c[:, None] * q, 0)
+                v = tl.load(
+                    pick(sources, j, N, ALIGNED) + t * pick_stride(strides, j, N) + column, column < dim, other=0
+                ).to(ACC)  # fmt: skip
+                dv -= tl.load(own + t * N + j) * v
+                tl.store(pick(dsources, j, N, ALIGNED) + t * dim + column, dv.to(element), column < dim)
 
 
 @triton.jit
 def _backward(
-    sources, strides, queries, douts, dlse, lse, scores, rstd, norm_weight, norm_rstd, dsources, dstrides, coefficients,
-    num_tokens, dim, scale,
+    sources, strides, queries, douts, douts_strides, dlse, lse, scores, rstd, dsources,
+    coefficients, shares, own, num_tokens, dim, scale,
     N: tl.constexpr, S: tl.constexpr, N_PAD: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    SINGLE: tl.constexpr, NORM: tl.constexpr, NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
-    BYTES: tl.constexpr,
+    PAIR_D: tl.constexpr, NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
+    BYTES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    n, reads, d = tl.arange(0, N_PAD), tl.arange(0, S_PAD), tl.arange(0, BLOCK_D)
     element: tl.constexpr = sources[0].dtype.element_ty
-    rows = row_pointers(sources, strides, n, t, N, element, BYTES, ALIGNED)[:, :, None]
-    drows = row_pointers(dsources, dstrides, n, t, N, element, BYTES, ALIGNED)[:, :, None]
-    here, live = t < num_tokens, n < N
-    mask = (here[:, None] & live[None, :])[:, :, None]
-    small = reads < S
-    cell = (reads[None, None, :] * N + n[None, :, None]) * num_tokens + t[:, None, None]
-    row = reads[None, :] * num_tokens + t[:, None]
-    score = tl.load(scores + cell, mask & small[None, None, :], other=float("-inf"))
-    log_total = tl.load(lse + row, here[:, None] & small[None, :], other=0)
-    dlog_total = tl.load(dlse + row, here[:, None] & small[None, :], other=0)
-    p = tl.exp(score - log_total[:, None, :])
-    r = tl.load(rstd + n[None, :] * num_tokens + t[:, None], here[:, None] & live[None, :], other=0)
-    weight = p * r[:, :, None] if NORMALIZE else p
+    row, read = tl.arange(0, BLOCK_T * N_PAD), tl.arange(0, BLOCK_T * S_PAD)
+    n, s = row % N_PAD, read % S_PAD
+    same = (read // S_PAD)[:, None] == (row // N_PAD)[None, :]
+    begin = tl.program_id(0).to(tl.int64) * BLOCK_T
+    t, u = begin + row // N_PAD, begin + read // S_PAD
+    live, wanted = (n < N) & (t < num_tokens), (s < S) & (u < num_tokens)
+    use = same & live[None, :] & wanted[:, None]
 
-    v = tl.load(rows + d[None, None, :], mask & (d < dim)[None, None, :], other=0).to(ACC)
-    first = tl.zeros([BLOCK_T, BLOCK_D], ACC)
-    if NORM:
-        inside = here[:, None] & (d < dim)[None, :]
-        mix = tl.sum(column(weight, reads, 0)[:, :, None] * v, 1)
-        m = tl.load(norm_rstd + t, here, other=0)[:, None]
-        g = tl.load(pick(douts, 0, S, ALIGNED) + t[:, None] * dim + d[None, :], inside, other=0).to(ACC)
-        g *= tl.load(norm_weight + d, d < dim, other=0).to(ACC)[None, :]
-        first = m * (g - mix * (m * m * (tl.sum(g * mix, 1) / dim)[:, None]))
+    source = row_pointers(sources, strides, n, t, N, element, BYTES, ALIGNED)[:, None]
+    dout = row_pointers(douts, douts_strides, s, u, S, element, BYTES, ALIGNED)[:, None]
+    dp = tl.zeros([BLOCK_T * S_PAD, BLOCK_T * N_PAD], ACC)
+    d = tl.arange(0, PAIR_D)
+    for start in range(0, dim, PAIR_D):
+        column = (start + d)[None, :]
+        v = tl.load(source + column, live[:, None] & (column < dim), other=0)
+        g = tl.load(dout + column, wanted[:, None] & (column < dim), other=0)
+        if SPLIT:
+            dp += tl.dot(g, tl.trans(v))
+        else:
+            dp += tl.dot(g.to(ACC), tl.trans(v).to(ACC), input_precision=PRECISION, out_dtype=ACC)
 
-    dp = tl.zeros([BLOCK_T, N_PAD, S_PAD], ACC)
-    for start in range(0, dim, BLOCK_D):
-        columns = start + d
-        inside = here[:, None] & (columns < dim)[None, :]
-        if not SINGLE:
-            v = tl.load(rows + columns[None, None, :], mask & (columns < dim)[None, None, :], other=0).to(ACC)
-        for s in range(S):
-            g = tl.load(pick(douts, s, S, ALIGNED) + t[:, None] * dim + columns[None, :], inside, other=0).to(ACC)
-            if NORM:
-                g = tl.where(s == 0, first, g)
-            dp += tl.where(reads[None, None, :] == s, tl.sum(v * g[:, None, :], 2)[:, :, None], 0)
-
-    # Scores of absent sources are -inf: their p is 0, and so must be what multiplies them.
-    score = tl.where(mask & small[None, None, :], score, 0)
-    dweight = dp * r[:, :, None] if NORMALIZE else dp
-    ds = p * (dweight - tl.sum(p * dweight, 1)[:, None, :] + dlog_total[:, None, :])
-    c = ds * (r * scale)[:, :, None]
-    shrink = tl.sum(ds * score, 2)
+    cell = (u[:, None] * N + n[None, :]) * S + s[:, None]
+    score = tl.load(scores + cell, use, other=float("-inf"))
+    p = tl.exp(score - tl.load(lse + s * num_tokens + u, wanted, other=0)[:, None])
+    r = tl.load(rstd + t * N + n, live, other=0)
+    weight = p * r[None, :] if NORMALIZE else p
+    dweight = tl.where(use, dp * r[None, :] if NORMALIZE else dp, 0)
+    dtotal = tl.load(dlse + s * num_tokens + u, wanted, other=0)
+    ds = p * (dweight - tl.sum(p * dweight, 1)[:, None] + dtotal[:, None])
+    shrink = tl.sum(ds * tl.where(use, score, 0), 0)
     if NORMALIZE:
-        shrink += tl.sum(p * dweight, 2)
-    shrink *= r * r / dim
-    tl.store(coefficients + cell, c, mask & small[None, None, :])
-
-    for start in range(0, dim, BLOCK_D):
-        columns = start + d
-        inside = here[:, None] & (columns < dim)[None, :]
-        if not SINGLE:
-            v = tl.load(rows + columns[None, None, :], mask & (columns < dim)[None, None, :], other=0).to(ACC)
-        dv = -shrink[:, :, None] * v
-        for s in range(S):
-            g = tl.load(pick(douts, s, S, ALIGNED) + t[:, None] * dim + columns[None, :], inside, other=0).to(ACC)
-            if NORM:
-                g = tl.where(s == 0, first, g)
-            q = tl.load(queries + s * dim + columns, columns < dim, other=0).to(ACC)
-            dv += column(weight, reads, s)[:, :, None] * g[:, None, :]
-            dv += column(c, reads, s)[:, :, None] * q[None, None, :]
-        tl.store(drows + columns[None, None, :], dv.to(element), mask & (columns < dim)[None, None, :])
+        shrink += tl.sum(p * dweight, 0)
+    tl.store(coefficients + cell, ds * (r * scale)[None, :], use)
+    tl.store(shares + cell, weight, use)
+    tl.store(own + t * N + n, shrink * r * r / dim, live)
+    # The same columns again, now out of the caches, by other threads than those that stored what they need.
+    tl.debug_barrier()
+    _source_gradients(
+        sources, strides, queries, douts, douts_strides, dsources, coefficients, shares, own, begin, num_tokens, dim,
+        N, S, S_PAD, BLOCK_T, BLOCK_D, ALIGNED, ACC, BYTES,
+    )  # fmt: skip
 
 
 @triton.jit
 def _query_gradient(
-    sources, strides, coefficients, scores, lse, dx, norm_rstd, rstd, dqueries, dnorm, num_tokens, dim, tokens_each,
+    sources, strides, coefficients, dqueries, num_tokens, dim, tokens_each,
     N: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    NORM: tl.constexpr, NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program sums ``tokens_each`` tokens of one chunk of columns into its own row of ``dqueries``."""
     share = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    reads = tl.arange(0, S_PAD)
+    s = tl.arange(0, S_PAD)
     total = tl.zeros([S_PAD, BLOCK_D], ACC)
-    total_norm = tl.zeros([BLOCK_D], ACC)
     begin = share.to(tl.int64) * tokens_each
     for start in range(0, tokens_each, BLOCK_T):
         t = begin + start + tl.arange(0, BLOCK_T)
         here = t < num_tokens
-        mix = tl.zeros([BLOCK_T, BLOCK_D], ACC)
+        mask = here[:, None] & (d < dim)[None, :]
         for n in range(N):
-            row = pick(sources, n, N, ALIGNED) + t[:, None] * pick_stride(strides, n, N)
-            v = tl.load(row + d[None, :], here[:, None] & (d < dim)[None, :], other=0).to(ACC)
-            at = (reads[:, None] * N + n) * num_tokens + t[None, :]
-            c = tl.load(coefficients + at, (reads < S)[:, None] & here[None, :], other=0)
-            total = tl.dot(c, v, total, input_precision="tf32x3", out_dtype=ACC)
-            if NORM:
-                weight = tl.exp(
-                    tl.load(scores + n * num_tokens + t, here, other=float("-inf")) - tl.load(lse + t, here, other=0)
-                )
-                if NORMALIZE:
-                    weight *= tl.load(rstd + n * num_tokens + t, here, other=0)
-                mix += weight[:, None] * v
-        if NORM:
-            g = tl.load(dx + t[:, None] * dim + d[None, :], here[:, None] & (d < dim)[None, :], other=0).to(ACC)
-            total_norm += tl.sum(g * mix * tl.load(norm_rstd + t, here, other=0)[:, None], 0)
-    out = dqueries + (share * S + reads[:, None]) * dim + d[None, :]
-    tl.store(out, total, (reads < S)[:, None] & (d < dim)[None, :])
-    if NORM:
-        tl.store(dnorm + share * dim + d, total_norm, d < dim)
+            source = pick(sources, n, N, ALIGNED)[:, None] + t[:, None] * pick_stride(strides, n, N)
+            v = tl.load(source + d[None, :], mask, other=0)
+            at = (t[None, :] * N + n) * S + s[:, None]
+            c = tl.load(coefficients + at, (s < S)[:, None] & here[None, :], other=0)
+            total += _times(c, v, 3, SPLIT, PRECISION)
+    out = dqueries + (share * S + s[:, None]) * dim + d[None, :]
+    tl.store(out, total, (s < S)[:, None] & (d < dim)[None, :])
+
+
+def _pair_tile(num_sources: int, num_reads: int) -> dict[str, int]:
+    """Tokens whose reads meet their sources in one product, at least 16 rows of each, and the padded numbers of both."""
+    sources = power_of_two(num_sources, 4)
+    tokens = max(1, 16 // sources)
+    return {"BLOCK_T": tokens, "N_PAD": sources, "S_PAD": power_of_two(num_reads, max(1, 16 // tokens))}
 
 
 def _tuples(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     return tuple(tensors), tuple(t.stride(0) for t in tensors)
 
 
-def fits(num_sources: int, dim: int) -> bool:
-    """Whether one program holds whole rows of all sources, as the output norm needs."""
-    return read_tile(num_sources, dim)[1] >= dim
+def _fixed(sources: list[Tensor], num_reads: int, *others: Tensor) -> dict[str, object]:
+    """What all kernels are compiled for."""
+    first = sources[0]
+    return {
+        "N": len(sources), "S": num_reads, "ALIGNED": is_aligned(*sources, *others), "ACC": accumulator(first),
+    }  # fmt: skip
+
+
+def _products(first: Tensor) -> dict[str, object]:
+    """How matrix products are computed: in bfloat16 terms, or in the precision that the dtype needs."""
+    split = (
+        first.dtype == torch.bfloat16 and first.device.type == "cuda"
+    )  # the interpreter's bfloat16 arithmetic is wrong
+    return {"SPLIT": split, "PRECISION": "tf32x3" if first.dtype in (torch.float16, torch.bfloat16) else "ieee"}
 
 
 @torch.library.custom_op("fathom::inter_block", mutates_args=())
 def inter_block(
-    sources: list[Tensor], queries: Tensor, norm_weight: Tensor | None,
-    eps: float, norm_eps: float, scale: float, normalize_values: bool,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    sources: list[Tensor], queries: Tensor, eps: float, scale: float, normalize_values: bool
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:  # fmt: skip
     """S reads of N sources [tokens, D] by folded queries [S, D].
 
-    Returns the S reads [tokens, D], the first RMS-normalised if there is a ``norm_weight``, and four statistics: lse [S, tokens];
-    scores [S, N, tokens], reciprocal norms [N, tokens] and the first read's [tokens], which no gradient flows through.
+    Returns the S reads [tokens, D] and their lse [S, tokens], then scores [tokens, N, S] and reciprocal norms [tokens, N], which
+    no gradient flows through.
     """
     first, (num_reads, dim), num_sources = sources[0], queries.shape, len(sources)
-    num_tokens, acc = first.shape[0], accumulator(first)
-    block_t, block_d, num_warps = read_tile(num_sources, dim)
+    num_tokens = first.shape[0]
     outs = [first.new_empty(num_tokens, dim) for _ in range(num_reads)]
     lse = statistic(first, num_reads, num_tokens)
-    scores = statistic(first, num_reads, num_sources, num_tokens)
-    rstd = statistic(first, num_sources, num_tokens)
-    norm_rstd = statistic(first, num_tokens if norm_weight is not None else 0)
-    pointers, strides = _tuples(sources)
-    _forward[(triton.cdiv(num_tokens, block_t),)](
-        pointers, strides, queries, tuple(outs), lse, scores, rstd, norm_weight, norm_rstd, num_tokens, dim, eps, norm_eps,
-        scale, N=num_sources, S=num_reads, N_PAD=power_of_two(num_sources), S_PAD=power_of_two(num_reads), BLOCK_T=block_t,
-        BLOCK_D=block_d, SINGLE=block_d >= dim, NORM=norm_weight is not None, NORMALIZE=normalize_values,
-        ALIGNED=is_aligned(*sources, *outs), ACC=acc, BYTES=first.element_size(), num_warps=num_warps,
+    scores = statistic(first, num_tokens, num_sources, num_reads)
+    rstd = statistic(first, num_tokens, num_sources)
+    fixed = _fixed(sources, num_reads, *outs)
+    _scores[(triton.cdiv(num_tokens, SCORE_ROWS), num_sources)](
+        *_tuples(sources), queries, scores, rstd, num_tokens, dim, eps, scale, S_PAD=power_of_two(num_reads, 16),
+        BLOCK_T=SCORE_ROWS, BLOCK_D=min(SCORE_COLUMNS, power_of_two(dim, 16)), **fixed, **_products(first),
     )  # fmt: skip
-    return outs, lse, scores, rstd, norm_rstd
+    _mix[(triton.cdiv(num_tokens, MIX_TOKENS),)](
+        *_tuples(sources), scores, rstd, tuple(outs), lse, num_tokens, dim,
+        N_PAD=power_of_two(num_sources), BLOCK_T=MIX_TOKENS, BLOCK_D=min(256 * WARPS, power_of_two(dim, 16)),
+        NORMALIZE=normalize_values, BYTES=first.element_size(), num_warps=WARPS, **fixed,
+    )  # fmt: skip
+    return outs, lse, scores, rstd
 
 
 @inter_block.register_fake
-def _(sources, queries, norm_weight, eps, norm_eps, scale, normalize_values):
+def _(sources, queries, eps, scale, normalize_values):
     first, num_reads, num_sources = sources[0], queries.shape[0], len(sources)
     num_tokens = first.shape[0]
     return (
         [first.new_empty(num_tokens, first.shape[1]) for _ in range(num_reads)],
         statistic(first, num_reads, num_tokens),
-        statistic(first, num_reads, num_sources, num_tokens),
-        statistic(first, num_sources, num_tokens),
-        statistic(first, num_tokens if norm_weight is not None else 0),
+        statistic(first, num_tokens, num_sources, num_reads),
+        statistic(first, num_tokens, num_sources),
     )
 
 
 @torch.library.custom_op("fathom::inter_block_backward", mutates_args=())
 def inter_block_backward(
-    sources: list[Tensor], queries: Tensor, norm_weight: Tensor | None, lse: Tensor, scores: Tensor, rstd: Tensor,
-    norm_rstd: Tensor, douts: list[Tensor], dlse: Tensor, scale: float, normalize_values: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Gradients of the sources [tokens, D], of the folded queries [S, D] and of the norm weight [D] (empty without one)."""
+    sources: list[Tensor], queries: Tensor, lse: Tensor, scores: Tensor, rstd: Tensor, douts: list[Tensor], dlse: Tensor,
+    scale: float, normalize_values: bool,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Gradients of the sources [tokens, D] and of the folded queries [S, D]."""
     first, (num_reads, dim), num_sources = sources[0], queries.shape, len(sources)
-    num_tokens, acc, norm = first.shape[0], accumulator(first), norm_weight is not None
-    block_t, block_d, num_warps = read_tile(num_sources, dim)
+    num_tokens = first.shape[0]
     dsources = [first.new_empty(num_tokens, dim) for _ in sources]
-    coefficients = torch.empty_like(scores)
-    (pointers, strides), (dpointers, dstrides) = _tuples(sources), _tuples(dsources)
-    aligned = is_aligned(*sources, *douts, *dsources)
-    shared = {
-        "N": num_sources,
-        "S": num_reads,
-        "NORM": norm,
-        "NORMALIZE": normalize_values,
-        "ALIGNED": aligned,
-        "ACC": acc,
-    }
-    _backward[(triton.cdiv(num_tokens, block_t),)](
-        pointers, strides, queries, tuple(douts), dlse, lse, scores, rstd, norm_weight, norm_rstd, dpointers, dstrides,
-        coefficients, num_tokens, dim, scale, N_PAD=power_of_two(num_sources), S_PAD=power_of_two(num_reads),
-        BLOCK_T=block_t, BLOCK_D=block_d, SINGLE=block_d >= dim, BYTES=first.element_size(), num_warps=num_warps, **shared,
+    coefficients, shares = torch.empty_like(scores), torch.empty_like(scores)
+    own = torch.empty_like(rstd)
+    pointers, strides = _tuples(sources)
+    fixed = _fixed(sources, num_reads, *douts, *dsources)
+    pair = _pair_tile(num_sources, num_reads)
+    _backward[(triton.cdiv(num_tokens, pair["BLOCK_T"]),)](
+        pointers, strides, queries, *_tuples(douts), dlse, lse, scores, rstd, tuple(dsources),
+        coefficients, shares, own, num_tokens, dim, scale, NORMALIZE=normalize_values, BYTES=first.element_size(),
+        BLOCK_D=min(256 * WARPS, power_of_two(dim, 16)), PAIR_D=min(PAIR_COLUMNS, power_of_two(dim, 16)), num_warps=WARPS,
+        **fixed, **pair, **_products(first),
     )  # fmt: skip
-    block_d = min(128, power_of_two(dim, 16))
-    chunks = triton.cdiv(dim, block_d)
-    shares = max(1, min(triton.cdiv(num_tokens, 8 * QUERY_TOKENS), triton.cdiv(512, chunks)))
-    tokens_each = triton.cdiv(triton.cdiv(num_tokens, shares), QUERY_TOKENS) * QUERY_TOKENS
-    dqueries = lse.new_empty(shares, num_reads, dim)
-    dnorm = lse.new_empty(shares, dim if norm else 0)
-    _query_gradient[(chunks, shares)](
-        pointers, strides, coefficients, scores, lse, douts[0], norm_rstd, rstd, dqueries, dnorm, num_tokens, dim, tokens_each,
-        S_PAD=power_of_two(num_reads, 16), BLOCK_T=QUERY_TOKENS, BLOCK_D=block_d, num_warps=4, **shared,
+    block_d = min(QUERY_COLUMNS, power_of_two(dim, 16))
+    num_shares = max(1, min(triton.cdiv(num_tokens, QUERY_TOKENS), QUERY_SHARES))
+    tokens_each = triton.cdiv(triton.cdiv(num_tokens, num_shares), QUERY_TOKENS) * QUERY_TOKENS
+    dqueries = lse.new_empty(num_shares, num_reads, dim)
+    _query_gradient[(triton.cdiv(dim, block_d), num_shares)](
+        pointers, strides, coefficients, dqueries, num_tokens, dim, tokens_each,
+        S_PAD=power_of_two(num_reads, 16), BLOCK_T=QUERY_TOKENS, BLOCK_D=block_d, num_warps=4, **fixed, **_products(first),
     )  # fmt: skip
-    return dsources, dqueries.sum(0), dnorm.sum(0)
+    return dsources, dqueries.sum(0)
 
 
 @inter_block_backward.register_fake
-def _(sources, queries, norm_weight, lse, scores, rstd, norm_rstd, douts, dlse, scale, normalize_values):
-    dnorm = lse.new_empty(queries.shape[1] if norm_weight is not None else 0)
-    return [source.new_empty(source.shape) for source in sources], lse.new_empty(queries.shape), dnorm
+def _(sources, queries, lse, scores, rstd, douts, dlse, scale, normalize_values):
+    return [source.new_empty(source.shape) for source in sources], lse.new_empty(queries.shape)
 
 
 def _setup(ctx, inputs, output):
-    sources, queries, norm_weight, _, _, ctx.scale, ctx.normalize_values = inputs
-    _, lse, scores, rstd, norm_rstd = output
+    sources, queries, _, ctx.scale, ctx.normalize_values = inputs
+    _, lse, scores, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*sources, queries, norm_weight, lse, scores, rstd, norm_rstd)
+    ctx.save_for_backward(*sources, queries, lse, scores, rstd)
 
 
 def _gradients(ctx, douts, dlse, *_):
-    *sources, queries, norm_weight, lse, scores, rstd, norm_rstd = ctx.saved_tensors
+    *sources, queries, lse, scores, rstd = ctx.saved_tensors
     absent = torch.zeros_like(sources[0], memory_format=torch.contiguous_format) if None in douts else None
-    douts = [absent if dout is None else as_rows(dout).contiguous() for dout in douts]
+    douts = [absent if dout is None else dout.contiguous() for dout in douts]
     dlse = torch.zeros_like(lse) if dlse is None else dlse.contiguous()
-    dsources, dqueries, dnorm = inter_block_backward(
-        sources, queries, norm_weight, lse, scores, rstd, norm_rstd, douts, dlse, ctx.scale, ctx.normalize_values
+    dsources, dqueries = inter_block_backward(
+        sources, queries, lse, scores, rstd, douts, dlse, ctx.scale, ctx.normalize_values
     )
-    dnorm = None if norm_weight is None else dnorm.to(norm_weight.dtype)
-    return dsources, dqueries.to(queries.dtype), dnorm, None, None, None, None
+    return dsources, dqueries.to(queries.dtype), None, None, None
 
 
 inter_block.register_autograd(_gradients, setup_context=_setup)

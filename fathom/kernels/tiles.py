@@ -12,42 +12,41 @@ from torch import Tensor
 from fathom.depth_attention import compute_dtype
 
 ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
-LARGEST_TILE = 16384
-"""Elements of a tile of sources that one program holds: 64 registers of each thread with 8 warps."""
 
 
 @triton.jit
 def row_pointers(
     tensors,
     strides,
-    index,
-    tokens,
+    which,
+    token,
     COUNT: tl.constexpr,
     ELEMENT: tl.constexpr,
     BYTES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Pointers [tokens, index] to row ``token`` of ``tensors[index]``; those beyond COUNT point at tensor 0."""
-    base = tl.full(index.shape, 0, tl.int64) + tensors[0].to(tl.int64)
-    stride = tl.full(index.shape, 0, tl.int64) + strides[0]
+    """Pointers to row ``token`` (one, or one for each) of ``tensors[which]``; where ``which`` is COUNT or more, of tensor 0."""
+    base = tl.full(which.shape, 0, tl.int64) + tensors[0].to(tl.int64)
+    stride = tl.full(which.shape, 0, tl.int64) + strides[0]
     for i in tl.static_range(1, COUNT):
-        base = tl.where(index == i, tensors[i].to(tl.int64), base)
-        stride = tl.where(index == i, strides[i], stride)
-    rows = (base[None, :] + tokens[:, None] * stride[None, :] * BYTES).to(tl.pointer_type(ELEMENT))
+        base = tl.where(which == i, tensors[i].to(tl.int64), base)
+        stride = tl.where(which == i, strides[i], stride)
+    rows = (base + token * stride * BYTES).to(tl.pointer_type(ELEMENT))
     if ALIGNED:
-        rows = tl.multiple_of(rows, [16, 16])
+        rows = tl.multiple_of(rows, 16)
     return rows
 
 
 @triton.jit
 def pick(tensors, which, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer ``tensors[which]`` for a run-time scalar ``which``."""
-    pointer = tl.full([], 0, tl.int64) + tensors[0].to(tl.int64)
+    """The pointer ``tensors[which]`` for a run-time scalar ``which``, as a tile [1], whose alignment can be told."""
+    pointer = tl.full([1], 0, tl.int64) + tensors[0].to(tl.int64)
     for i in tl.static_range(1, COUNT):
         pointer = tl.where(which == i, tensors[i].to(tl.int64), pointer)
+    pointer = pointer.to(tensors[0].dtype)
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
-    return pointer.to(tensors[0].dtype)
+    return pointer
 
 
 @triton.jit
@@ -57,12 +56,6 @@ def pick_stride(strides, which, COUNT: tl.constexpr):
     for i in tl.static_range(1, COUNT):
         stride = tl.where(which == i, strides[i], stride)
     return stride
-
-
-@triton.jit
-def column(matrix, index, which):
-    """``matrix[:, :, which]`` of a tile [T, N, S] for a run-time scalar ``which``; ``index`` is arange over S."""
-    return tl.sum(tl.where(index[None, None, :] == which, matrix, 0), 2)
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -90,15 +83,9 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def read_tile(num_sources: int, dim: int, largest: int = LARGEST_TILE) -> tuple[int, int, int]:
-    """Tokens, columns and warps of the tile [tokens, sources, columns] that one program reads.
-
-    The columns cover ``dim`` if that fits; what room is left takes several tokens, which share the loads of the queries.
-    """
-    sources, columns = power_of_two(num_sources), power_of_two(dim, 16)
-    columns = max(16, min(columns, largest // sources))
-    tokens = max(1, min(8, largest // (sources * columns)))
-    return tokens, columns, warps(tokens * sources * columns)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; one elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def warps(elements: int) -> int:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fathom.kernels.tiles import accumulator, power_of_two, statistic, warps
+from fathom.kernels.tiles import accumulator, multiprocessors, power_of_two, statistic, warps
 
 
 @triton.jit
@@ -116,11 +116,6 @@ def _tile(dim: int) -> tuple[int, int, int]:
     return tokens, columns, max(4, warps(2 * tokens * columns))
 
 
-def _num_programs(device: torch.device) -> int:
-    """Programs of the backward pass: two for each multiprocessor; a fixed number where there are none."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 @torch.library.custom_op("fathom::update_read", mutates_args=())
 def update_read(
     partial: Tensor | None, output: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None,
@@ -163,7 +158,7 @@ def update_read_backward(
     dinter = torch.empty_like(total) if inter is not None else total.new_empty(0)
     dlse = stats.new_empty(num_tokens if inter is not None else 0)
     block_t, block_d, num_warps = _tile(dim)
-    programs = min(_num_programs(total.device), triton.cdiv(num_tokens, block_t))
+    programs = min(2 * multiprocessors(total.device), triton.cdiv(num_tokens, block_t))
     dweights = stats.new_empty(programs, 2, dim)
     _backward[(programs,)](
         total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix, dtotal, dinter, dlse, dweights, num_tokens, dim,
