@@ -5,6 +5,7 @@
 ``median`` is a median over ``n`` logged stretches of steps, with the lowest and the highest beside it. Metrics that hold
 something else say so in their name: ``mean_val_loss`` over seeds (lowest and highest seed beside it), ``mean_gain`` over
 pairs of one seed (with the 90 % interval of the mean by Student's t), ``gain`` of one pair (no interval),
+``compute_multiplier`` of a fit (with its 90 % bootstrap interval, n sizes),
 ``lowest_val_loss`` over learning rates.
 """
 
@@ -15,6 +16,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from fathom.lab.ablations import table
+from fathom.lab.outcomes import read_outcomes
+from fathom.lab.scaling import fit_arms, points_of
 from fathom.train.metrics import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
@@ -174,6 +178,31 @@ def recorded(run: Path) -> dict[str, Any]:
     return {"machine": f"one {env['machine']}", "versions": {key: env[key] for key in ("python", "torch", "cuda")}}
 
 
+SMALL = RESULTS / "2026-11-22_small-sweep"
+
+
+def small_sweep() -> Rows:
+    """The lab's own small sweeps: four rules over two seeds, and the compute multiplier of five tiny sizes."""
+    rows: Rows = []
+    for found in table(read_outcomes([SMALL / "rules"])):
+        case = f"rules-{len(found.losses)}-seeds"
+        mean = row(case, found.arm, "mean_val_loss", "nats per token", list(found.losses.values()))
+        rows += [mean | {"median": found.mean}]
+        if (gap := found.difference) is not None:
+            assert gap.low is not None and gap.high is not None
+            rows += [row(case, found.arm, "mean_gain", "nats per token", [-gap.mean])
+                     | {"low": -gap.high, "high": -gap.low, "n": gap.n}]  # fmt: skip
+    points = points_of(read_outcomes([SMALL / "sizes"]), "prenorm")
+    budget = float(max(each.compute.max() for each in points.values()))
+    fitted = fit_arms(points, baseline="prenorm", budget=budget, irreducible=False)
+    for arm, fit in fitted.items():
+        if (worth := fit.multiplier) is not None:
+            value, low, high = (round(x, 3) for x in (worth.value, *worth.interval))
+            rows += [row("five-sizes", arm, "compute_multiplier", "x", [value])
+                     | {"low": low, "high": high, "n": len(fit.residuals)}]  # fmt: skip
+    return rows
+
+
 RESULT_FILES: dict[str, dict[str, Any]] = {
     "2026-11-22_quickstart/tuning": {
         "name": "quickstart-tuning",
@@ -189,6 +218,15 @@ RESULT_FILES: dict[str, dict[str, Any]] = {
         "command": "python benchmarks/twins.py debian-50m --data data/debian-docs-75M --lr 2e-3 --out OUT/twins",
         **recorded(DEBIAN / "prenorm"),
         "rows": debian_50m,
+    },
+    "2026-11-22_small-sweep": {
+        "name": "small-sweep",
+        "date": "2026-11-22",
+        "command": "fathom sweep seeds --seeds 2 --arms prenorm block full hyper_connections --set steps=200 eval_every=50 "
+        "dynamics_every=50 --out rules (sizes and shapes: see the README)",
+        "machine": "2 CPU cores, shared with other work",
+        "versions": {"python": "3.11.7", "torch": "2.13.0+cpu"},
+        "rows": small_sweep,
     },
 }
 
