@@ -67,7 +67,8 @@ COMMANDS = {
         "fathom sweep seeds --seeds 3 --out runs/seeds",
     ),
     "lab scaling": Command(
-        "Fit loss against compute and say what each rule is worth in compute, with intervals.", "fathom lab scaling paper"
+        "Fit loss against compute and say what each rule is worth in compute, with intervals.",
+        "fathom lab scaling paper",
     ),
     "lab ablations": Command(
         "Compare every arm of a sweep with a baseline over paired seeds, with intervals.",
@@ -82,6 +83,10 @@ COMMANDS = {
     ),
     "lab pruning": Command(
         "Measure how much the loss rises when a layer writes nothing.", "fathom lab pruning runs/full"
+    ),
+    "lab mixing": Command(
+        "Read a run as one matrix over depth, with its ranks; or print the paper's Table 5.",
+        "fathom lab mixing runs/full",
     ),
 }
 

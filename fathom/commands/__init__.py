@@ -6,7 +6,7 @@ people or, with `--json`, as one JSON value; all else goes to standard error.
 
 from collections.abc import Callable
 
-from fathom.commands import data, lab, measure, runs, sweep
+from fathom.commands import data, lab, measure, mixing, runs, sweep
 from fathom.commands.output import Function
 
 COMMANDS: dict[str, Callable[[], Function]] = {
@@ -26,5 +26,6 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "lab depth-width": lab.depth_width,
     "lab dynamics": lab.dynamics,
     "lab pruning": lab.pruning,
+    "lab mixing": mixing.mixing,
 }
 """Makes the function of each command of `fathom.cli.COMMANDS`; `train` with a recipe is `runs.train`."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fathom.lab.dynamics import load_newest, write_json
+from fathom.models.layers import AttentionOutput
 from fathom.models.transformer import Transformer
 from fathom.train.dynamics import site_name
 
@@ -27,6 +28,8 @@ DEFINITIONS = {
 def _silenced(model: Transformer, sites: list[int]) -> Iterator[None]:
     def silence(*arguments: Any) -> Any:
         output = arguments[-1]
+        if isinstance(output, AttentionOutput):
+            return output._replace(hidden=torch.zeros_like(output.hidden))
         return torch.zeros_like(output) if isinstance(output, Tensor) else None
 
     with ExitStack() as stack:
