@@ -183,6 +183,20 @@ def test_denseformer_by_hand() -> None:
     check(stream, y)
 
 
+def test_value_residual_by_hand() -> None:
+    """Each decoder layer's own weights, the first layer's values, and PreNorm for all else."""
+    stream, sublayers, h = stream_of("value_residual", random=0.3), network(), EMBEDDING
+    first = sublayers[0].norm(h) @ sublayers[0].matrix
+    for site, sublayer in enumerate(sublayers):
+        x = sublayer.norm(h)
+        output = torch.tanh(x @ sublayer.matrix)
+        if site in (2, 4):
+            mine, own = stream.value_mix[site // 2 - 1]
+            output = torch.tanh(mine * first + own * (x @ sublayer.matrix))
+        h = h + output
+    check(stream, h)
+
+
 def test_muddformer_by_hand() -> None:
     stream, sublayers = stream_of("muddformer", random=0.3), network()
     states = [EMBEDDING]
@@ -375,6 +389,11 @@ def test_embedding_inside_the_first_block_by_hand() -> None:
         if site < L:
             outputs.append(f(site, h))
     check(stream, h)
+
+
+def test_mhar_is_full_with_four_heads() -> None:
+    mhar, switched = stream_of("mhar", random=0.7), stream_of("full heads", random=0.7)
+    check(mhar, run(switched, network(), EMBEDDING))
 
 
 def test_a_window_that_holds_all_is_full() -> None:

@@ -160,9 +160,7 @@ def test_ranks() -> None:
 @pytest.mark.parametrize(("streams", "expected"), [(1, 1), (2, 2), (3, 3)])
 @pytest.mark.parametrize("case", ["hyper_connections", "mhc", "mhc_lite"])
 def test_n_streams_are_n_semiseparable(case: str, streams: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        __import__("fathom.lab.table_5", fromlist=["SETTINGS"]).SETTINGS, case, {"num_streams": streams}
-    )
+    monkeypatch.setitem(SETTINGS, case, {"num_streams": streams})
     matrix = random_mixing(random_stream(case)).matrix[:-1, :-1, 0, 0, 0]
     assert semiseparable_rank(matrix) == expected
 
