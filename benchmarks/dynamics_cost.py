@@ -2,7 +2,8 @@
 
     python benchmarks/dynamics_cost.py quick --every 50 --out OUT
 
-Steps and records take turns in one process on one trainer, so that both see the same machine.
+Steps and records take turns in one process on one trainer, so that both see the same machine;
+a share is of one round: a record against the three steps before it.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
             trainer = Trainer(config, Path(folder) / "run")
             recorder = trainer.recorder()
             assert recorder is not None
-            steps, costs = [], []
+            steps, costs, shares = [], [], []
             for turn in range(options.rounds + 1):
                 for _ in range(3):
                     begin = wait(trainer.device)
@@ -59,11 +60,11 @@ def main() -> None:
                 end = wait(trainer.device)
                 trainer.record_dynamics(recorder)
                 costs.append(wait(trainer.device) - end + middle - begin)
+                shares.append(100 * costs[-1] / (options.every * statistics.median(steps[-3:])))
                 if turn == 0:  # the first of both warms up
-                    steps.clear()
-                    costs.clear()
+                    for values in (steps, costs, shares):
+                        values.clear()
             trainer.close()
-        shares = [100 * cost / (options.every * statistics.median(steps)) for cost in costs]
         case = f"{options.base}-every{options.every}"
         rows += [
             row(case, rule, "step_ms", "ms", [1e3 * seconds for seconds in steps]),
