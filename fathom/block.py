@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fathom.depth_attention import EPS, depth_attention_weights
+from fathom.depth_attention import EPS, depth_attention_weights, fold_gain
 from fathom.errors import UserError
 from fathom.kernels import inter_block, read, update_read
 from fathom.stream import Norm, Stream, norm_parts
@@ -54,6 +54,8 @@ class BlockState(NamedTuple):
     """Phase 1 of the current block: its S reads, each [..., D]; empty at a block's start and under the single-pass schedule."""
     lse: tuple[Tensor, ...]
     """Their log-denominators, each [...]."""
+    queries: tuple[Tensor, ...]
+    """Their queries, key gain folded in, each [D]."""
 
 
 class BlockAttnRes(Stream):
@@ -113,56 +115,52 @@ class BlockAttnRes(Stream):
         return state.partial + state.pending
 
     def start(self, embedding: Tensor) -> BlockState:
-        return BlockState((embedding,), None, None, (), ())
+        return BlockState((embedding,), None, None, (), (), ())
 
     def read(self, state: BlockState, site: int, norm: Norm) -> tuple[Tensor, BlockState]:
         if self.schedule == "single_pass":
             return self._read_all(state, site, norm), state
         first, end = self._ranges()[self.block_of_site[site]]
         weight, norm_eps = norm_parts(norm)
-        query, gain = self.query[first:end], None if self.key_gain is None else self.key_gain[first:end]
         if site == first:
-            outs, lses = inter_block(state.bank, query, gain, eps=self.eps, norm_weight=weight, norm_eps=norm_eps)
-            x = outs[0] if weight is not None else norm(outs[0])
-            return x, state._replace(out=tuple(outs[1:]), lse=tuple(lses[1:]))
+            # Sliced once a block: the gradient of every slice of a parameter is as large as the parameter.
+            queries = fold_gain(self.query[first:end], None if self.key_gain is None else self.key_gain[first:end])
+            outs, lses = inter_block(state.bank, queries, eps=self.eps, norm_weight=weight, norm_eps=norm_eps)
+            state = state._replace(out=tuple(outs[1:]), lse=tuple(lses[1:]), queries=queries.unbind(0)[1:])
+            return outs[0] if weight is not None else norm(outs[0]), state
         assert state.pending is not None
-        out, lse = state.out[0], state.lse[0]
-        with self._keep(out, state.bank, query, gain, site - first):
+        out, lse, query = state.out[0], state.lse[0], state.queries[0]
+        with self._keep(out, state.bank, query):
             total, x = update_read(
-                state.partial, state.pending, out, lse, self.query[site], self._gain(site), weight,
-                eps=self.eps, norm_eps=norm_eps,
-            )  # fmt: skip
-        return x if weight is not None else norm(x), BlockState(state.bank, total, None, state.out[1:], state.lse[1:])
+                state.partial, state.pending, out, lse, query, None, weight, eps=self.eps, norm_eps=norm_eps
+            )
+        state = BlockState(state.bank, total, None, state.out[1:], state.lse[1:], state.queries[1:])
+        return x if weight is not None else norm(x), state
 
     def write(self, state: BlockState, site: int, output: Tensor) -> BlockState:
         state = state._replace(pending=output)
         last = site + 1 == self._ranges()[self.block_of_site[site]][1]
         if last:
-            return BlockState(self._sources(state), None, None, (), ())
+            return BlockState(self._sources(state), None, None, (), (), ())
         if self.schedule == "single_pass":
             return state._replace(partial=self._total(state), pending=None)
         return state
 
-    def _keep(
-        self, out: Tensor, bank: tuple[Tensor, ...], queries: Tensor, gain: Tensor | None, read: int
-    ) -> AbstractContextManager[object]:
-        """What autograd keeps of ``out``, read ``read`` of phase 1: itself, or how to compute it again."""
+    def _keep(self, out: Tensor, bank: tuple[Tensor, ...], query: Tensor) -> AbstractContextManager[object]:
+        """What autograd keeps of ``out``, a read of phase 1: itself, or with ``recompute`` how to compute it again."""
         if not self.recompute or not torch.is_grad_enabled():
             return nullcontext()
-        at = out.data_ptr()
-        row = slice(read, read + 1)
-        query, gain = queries[row].detach(), None if gain is None else gain[row].detach()
+        at, size, query = out.data_ptr(), out.numel(), query.detach()
         sources = [source.detach() for source in bank]
 
         def pack(tensor: Tensor) -> Tensor | torch.Size:
-            return tensor.shape if tensor.data_ptr() == at and tensor.numel() == out_numel else tensor
+            return tensor.shape if tensor.data_ptr() == at and tensor.numel() == size else tensor
 
         def unpack(kept: Tensor | torch.Size) -> Tensor:
             if isinstance(kept, Tensor):
                 return kept
-            return inter_block(sources, query, gain, eps=self.eps)[0][0].reshape(kept)
+            return inter_block(sources, query[None], eps=self.eps)[0][0].reshape(kept)
 
-        out_numel = out.numel()
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def _read_all(self, state: BlockState, site: int, norm: Norm) -> Tensor:

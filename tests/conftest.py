@@ -1,6 +1,12 @@
+import os
+
 import jaxtyping
 import pytest
 import torch
+
+# Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Shapes in signatures are checked here and only here: annotations cost nothing in use.
 jaxtyping.install_import_hook(

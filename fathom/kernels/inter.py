@@ -33,13 +33,11 @@ from fathom.kernels.tiles import (
 )
 
 SCORE_ROWS, SCORE_COLUMNS = 64, 128
-"""Tile of sources in ``_scores``."""
-PAIR_COLUMNS = 128
+"""Tile of a source in ``_scores``."""
+MIX_TOKENS, MIX_WARPS = 2, 4
+"""Tokens of one program of ``_mix``, one after the other, and its warps: each takes 256 columns at a time."""
+PAIR_COLUMNS = 256
 """Columns of one step of dout · v."""
-WARPS = 4
-"""Of the programs that go column by column: each takes 256 columns a warp at a time."""
-MIX_TOKENS = 4
-"""Tokens of one program of ``_mix``."""
 QUERY_TOKENS, QUERY_COLUMNS, QUERY_SHARES = 64, 128, 64
 """Tokens and columns of one step of the query gradient, and into how many shares all tokens are cut."""
 
@@ -133,7 +131,12 @@ def _source_gradients(
         for i in range(tl.minimum(BLOCK_T, num_tokens - begin)):
             t = begin + i
             dout = row_pointers(douts, douts_strides, s, t, S, element, BYTES, ALIGNED)[:, None]
-            g = tl.load(dout + column[None, :], (s < S)[:, None] & (column < dim)[None, :], other=0).to(ACC)
+            g = tl.load(
+                dout + column[None, :],
+                (s < S)[:, None] & (column < dim)[None, :],
+                other=0,
+                eviction_policy="evict_first",
+            ).to(ACC)
             for j in range(N):
                 at = (t * N + j) * S + s
                 share = tl.load(shares + at, s < S, other=0)
@@ -143,14 +146,16 @@ def _source_gradients(
                     pick(sources, j, N, ALIGNED) + t * pick_stride(strides, j, N) + column, column < dim, other=0
                 ).to(ACC)  # fmt: skip
                 dv -= tl.load(own + t * N + j) * v
-                tl.store(pick(dsources, j, N, ALIGNED) + t * dim + column, dv.to(element), column < dim)
+                dsource = pick(dsources, j, N, ALIGNED) + t * dim + column
+                tl.store(dsource, dv.to(element), column < dim, eviction_policy="evict_first")
 
 
 @triton.jit
 def _backward(
     sources, strides, queries, douts, douts_strides, dlse, lse, scores, rstd, dsources,
     coefficients, shares, own, num_tokens, dim, scale,
-    N: tl.constexpr, S: tl.constexpr, N_PAD: tl.constexpr, S_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    N: tl.constexpr, S: tl.constexpr, N_PAD: tl.constexpr, S_PAD: tl.constexpr, S_ALONE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PAIR_D: tl.constexpr, NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
     BYTES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -169,8 +174,8 @@ def _backward(
     d = tl.arange(0, PAIR_D)
     for start in range(0, dim, PAIR_D):
         column = (start + d)[None, :]
-        v = tl.load(source + column, live[:, None] & (column < dim), other=0)
-        g = tl.load(dout + column, wanted[:, None] & (column < dim), other=0)
+        v = tl.load(source + column, live[:, None] & (column < dim), other=0, eviction_policy="evict_last")
+        g = tl.load(dout + column, wanted[:, None] & (column < dim), other=0, eviction_policy="evict_last")
         if SPLIT:
             dp += tl.dot(g, tl.trans(v))
         else:
@@ -194,7 +199,7 @@ def _backward(
     tl.debug_barrier()
     _source_gradients(
         sources, strides, queries, douts, douts_strides, dsources, coefficients, shares, own, begin, num_tokens, dim,
-        N, S, S_PAD, BLOCK_T, BLOCK_D, ALIGNED, ACC, BYTES,
+        N, S, S_ALONE, BLOCK_T, BLOCK_D, ALIGNED, ACC, BYTES,
     )  # fmt: skip
 
 
@@ -225,10 +230,16 @@ def _query_gradient(
 
 
 def _pair_tile(num_sources: int, num_reads: int) -> dict[str, int]:
-    """Tokens whose reads meet their sources in one product, at least 16 rows of each, and the padded numbers of both."""
-    sources = power_of_two(num_sources, 4)
-    tokens = max(1, 16 // sources)
-    return {"BLOCK_T": tokens, "N_PAD": sources, "S_PAD": power_of_two(num_reads, max(1, 16 // tokens))}
+    """Tokens whose reads meet their sources in one product, at least 16 rows of each, and the padded numbers of both.
+
+    Few tokens, so that what all running programs hold, reads and sources alike, stays in the caches until it is used again.
+    """
+    tokens = 2 if num_sources <= 2 else 1
+    reads = power_of_two(num_reads)
+    return {
+        "BLOCK_T": tokens, "N_PAD": power_of_two(num_sources, 16 // tokens), "S_PAD": max(reads, 16 // tokens),
+        "S_ALONE": reads, "num_warps": 2 * tokens,
+    }  # fmt: skip
 
 
 def _tuples(tensors: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -273,8 +284,8 @@ def inter_block(
     )  # fmt: skip
     _mix[(triton.cdiv(num_tokens, MIX_TOKENS),)](
         *_tuples(sources), scores, rstd, tuple(outs), lse, num_tokens, dim,
-        N_PAD=power_of_two(num_sources), BLOCK_T=MIX_TOKENS, BLOCK_D=min(256 * WARPS, power_of_two(dim, 16)),
-        NORMALIZE=normalize_values, BYTES=first.element_size(), num_warps=WARPS, **fixed,
+        N_PAD=power_of_two(num_sources), BLOCK_T=MIX_TOKENS, BLOCK_D=min(256 * MIX_WARPS, power_of_two(dim, 16)),
+        NORMALIZE=normalize_values, BYTES=first.element_size(), num_warps=MIX_WARPS, **fixed,
     )  # fmt: skip
     return outs, lse, scores, rstd
 
@@ -308,7 +319,7 @@ def inter_block_backward(
     _backward[(triton.cdiv(num_tokens, pair["BLOCK_T"]),)](
         pointers, strides, queries, *_tuples(douts), dlse, lse, scores, rstd, tuple(dsources),
         coefficients, shares, own, num_tokens, dim, scale, NORMALIZE=normalize_values, BYTES=first.element_size(),
-        BLOCK_D=min(256 * WARPS, power_of_two(dim, 16)), PAIR_D=min(PAIR_COLUMNS, power_of_two(dim, 16)), num_warps=WARPS,
+        BLOCK_D=min(256 * pair["num_warps"], power_of_two(dim, 16)), PAIR_D=min(PAIR_COLUMNS, power_of_two(dim, 16)),
         **fixed, **pair, **_products(first),
     )  # fmt: skip
     block_d = min(QUERY_COLUMNS, power_of_two(dim, 16))

@@ -1,0 +1,237 @@
+"""Whole networks on the kernels: against the plain path, against PreNorm, compiled, checkpointed, recomputed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fathom import kernels
+from fathom.block import BlockAttnRes
+from fathom.errors import UserError
+from fathom.kernels import backend_for, use_backend
+from fathom.models.config import ModelConfig, ResidualConfig
+from fathom.models.transformer import Transformer
+
+TOKENS = torch.arange(12).view(2, 6) % 17
+
+
+def network(dtype: torch.dtype, device: str, *, queries: bool = True, **rule: object) -> Transformer:
+    residual = ResidualConfig(**rule)  # type: ignore[arg-type]
+    config = ModelConfig(vocab_size=17, context=8, dim=16, num_layers=4, num_heads=2, head_std=1.0, residual=residual)
+    model = Transformer(config, seed=0).to(device, dtype)
+    if queries:
+        for name, parameter in model.named_parameters():
+            if name.startswith("stream."):
+                torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator(device).manual_seed(1))
+    return model
+
+
+def loss_and_gradients(model: Transformer, device: str) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    tokens = TOKENS.to(device)
+    loss = model.loss(tokens, tokens.roll(-1, 1))
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+RULES = [
+    {"rule": "full"},
+    {"rule": "block", "num_blocks": 3},
+    {"rule": "block", "block_size": 3},
+    {"rule": "block", "block_size": 1},
+    {"rule": "block", "num_blocks": 1},
+    {"rule": "block", "num_blocks": 3, "gain": False},
+    {"rule": "block", "num_blocks": 3, "schedule": "single_pass"},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_loss_and_gradients_equal_the_plain_path(rule: dict[str, object], device: str):
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-4
+    model = network(dtype, device, **rule)
+    with use_backend("reference"):
+        loss, gradients = loss_and_gradients(model, device)
+    with use_backend("triton"):
+        found, others = loss_and_gradients(model, device)
+    torch.testing.assert_close(found, loss, rtol=tolerance, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            others[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("rule", RULES[:3], ids=str)
+def test_zero_queries_are_prenorm(rule: dict[str, object], device: str):
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    model = network(dtype, device, queries=False, eps=0.0, **rule)
+    twin = network(dtype, device, queries=False, rule="prenorm")
+    for module in (*model.modules(), *twin.modules()):
+        if hasattr(module, "eps"):
+            module.eps = 0.0
+    with use_backend("triton"):
+        loss, gradients = loss_and_gradients(model, device)
+    expected, others = loss_and_gradients(twin, device)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
+    for name, gradient in others.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(gradients[name], gradient, rtol=tolerance, atol=tolerance * scale)
+
+
+def stack(stream: BlockAttnRes, embedding: Tensor, *, checkpointed: bool = False) -> Tensor:
+    """A network whose sublayers are tanh, so that only the residual path keeps tensors of size."""
+    norm = torch.nn.Identity()
+    state = stream.start(embedding)
+    for site in range(stream.num_sublayers):
+
+        def step(state, site=site):
+            x, state = stream.read(state, site, norm)
+            return stream.write(state, site, torch.tanh(x))
+
+        state = checkpoint(step, state, use_reentrant=False) if checkpointed else step(state)
+    return stream.finish(state, norm)
+
+
+def stream_of(device: str, **settings: object) -> BlockAttnRes:
+    stream = BlockAttnRes(7, 24, num_blocks=2, **settings).to(device)  # type: ignore[arg-type]
+    torch.nn.init.normal_(stream.query, std=0.3, generator=torch.Generator(device).manual_seed(2))
+    return stream
+
+
+def test_checkpointing_and_recomputation_change_no_bit(device: str):
+    embedding = torch.randn(2, 5, 24).to(device)
+    results = []
+    for settings in ({}, {"checkpointed": True}, {"recompute": True}):
+        recompute = settings.pop("recompute", False)
+        stream, leaf = stream_of(device, recompute=recompute), embedding.clone().requires_grad_()
+        with use_backend("triton"):
+            out = stack(stream, leaf, **settings)
+            out.square().sum().backward()
+        results.append([out.detach(), leaf.grad, stream.query.grad, stream.key_gain.grad])  # type: ignore[union-attr]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_recomputation_keeps_no_read(device: str):
+    def kept(recompute: bool) -> int:
+        """Elements of [2, 5, 24] tensors and larger that autograd keeps, each once."""
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
+
+        stream, embedding = stream_of(device, recompute=recompute), torch.randn(2, 5, 24).to(device).requires_grad_()
+        with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = stack(stream, embedding)
+        assert out.requires_grad
+        return sum(n >= 240 for n in storages.values())
+
+    # Blocks of 4 and 3 sublayers: all but the first read of each come from phase 1.
+    assert kept(False) - kept(True) == 5
+
+
+def test_hooks_see_every_saved_tensor(device: str):
+    """Saved tensors can be moved away and back, as offloading does, without changing a bit."""
+    embedding = torch.randn(2, 5, 24).to(device)
+    gradients = []
+    for hooks in (False, True):
+        stream, leaf = stream_of(device), embedding.clone().requires_grad_()
+        context = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (t.device, t.cpu().clone()), lambda p: p[1].to(p[0])
+        )
+        with use_backend("triton"):
+            if hooks:
+                with context:
+                    out = stack(stream, leaf)
+            else:
+                out = stack(stream, leaf)
+            out.sum().backward()
+        gradients.append((leaf.grad, stream.query.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_opcheck(device: str):
+    from fathom.kernels import inter, update
+
+    torch.use_deterministic_algorithms(False)  # opcheck compares runs of its own; poison would be compared too
+    sources = [torch.randn(3, 16, device=device, requires_grad=True) for _ in range(2)]
+    queries = torch.randn(2, 16, device=device, requires_grad=True)
+    torch.library.opcheck(inter.inter_block, (sources, queries, 1e-6, 1.0, False))
+    rows = [torch.randn(3, 16, device=device, requires_grad=True) for _ in range(3)]
+    lse = torch.randn(3, device=device, requires_grad=True)
+    query, weight = (torch.randn(16, device=device, requires_grad=True) for _ in range(2))
+    torch.library.opcheck(update.update_read, (rows[0], rows[1], rows[2], lse, query, weight, 1e-6, 1e-6, False))
+    torch.library.opcheck(update.update_read, (None, rows[1], None, None, None, weight, 1e-6, 1e-6, True))
+
+
+COMPILED = """
+import torch
+from fathom.kernels import use_backend
+from fathom.models.config import ModelConfig, ResidualConfig
+from fathom.models.transformer import Transformer
+device = "cuda" if torch.cuda.is_available() else "cpu"
+config = ModelConfig(vocab_size=17, context=8, dim=16, num_layers=2, num_heads=2, head_std=1.0,
+                     residual=ResidualConfig(rule="block", num_blocks=2))
+model = Transformer(config, seed=0).to(device)
+torch.nn.init.normal_(model.stream.query, std=0.3)
+tokens = (torch.arange(12).view(2, 6) % 17).to(device)
+results = []
+with use_backend("triton"):
+    for loss in (model.loss, torch.compile(model.loss, fullgraph=True)):
+        model.zero_grad()
+        value = loss(tokens, tokens)
+        value.backward()
+        results.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
+for a, b in zip(*results, strict=True):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph():
+    """In a process of its own: the tests' shape checks and torch.compile do not go together."""
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILED], capture_output=True, text=True, env=os.environ, timeout=300
+    )
+    assert found.stdout.endswith("same\n"), found.stdout + found.stderr
+
+
+def test_the_intended_backend_runs(device: str, monkeypatch: pytest.MonkeyPatch):
+    from fathom.kernels import inter, update
+
+    ran = []
+    for module, name in ((inter, "inter_block"), (update, "update_read")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, o=original, n=name: ran.append(n) or o(*a))
+    model = network(torch.float32, device, rule="block", num_blocks=2)
+    for backend, expected in (("reference", 0), ("triton", 3 + 6 + 3), ("auto", 12 if device == "cuda" else 0)):
+        ran.clear()
+        with use_backend(backend):  # type: ignore[arg-type]
+            model(TOKENS.to(device))
+        # Two blocks and the output each sweep once and norm once; the other six sublayers update once.
+        assert len(ran) == expected
+
+
+def test_the_choice_of_backend(monkeypatch: pytest.MonkeyPatch):
+    assert backend_for("cpu") == "reference"
+    assert backend_for("cuda") == "triton"
+    assert backend_for("cuda", torch.float64) == "reference"
+    monkeypatch.setenv("FATHOM_BACKEND", "reference")
+    assert backend_for("cuda") == "reference"
+    monkeypatch.setenv("FATHOM_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match="needs a CUDA device"):
+        backend_for("cpu")
+    monkeypatch.setenv("FATHOM_BACKEND", "tritn")
+    with pytest.raises(UserError, match="FATHOM_BACKEND is 'tritn'"):
+        backend_for("cpu")
+    with pytest.raises(UserError, match="backend is 'gluon'"), use_backend("gluon"):  # type: ignore[arg-type]
+        pass
+    assert kernels.BACKENDS == ("auto", "reference", "triton")
