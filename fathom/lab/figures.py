@@ -27,7 +27,7 @@ MARKERS = {"prenorm": "o", "block": "s", "full": "^"}
 # Four colours and seven markers: no two of the other rules share both.
 for _rule, _colour, _marker in zip(
     (rule for rule in get_args(Rule) if rule not in MARKERS),
-    cycle(("#009e73", "#cc79a7", "#56b4e9", "#e69f00")),
+    cycle(("#00936b", "#c2609a", "#7b6fd0", "#a87000")),
     cycle("DvPX<>*"),
     strict=False,
 ):
