@@ -10,7 +10,7 @@ from fathom.lab.depth_width import Map
 from fathom.lab.figures import COLOURS, MARKERS, _axes
 from fathom.lab.scaling import Fitted, Points
 
-OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#9b59b6")
+OTHER_COLOURS = tuple(dict.fromkeys(COLOURS.values()))[3:]
 OTHER_MARKERS = ("D", "v", "P", "X", "<", ">")
 
 
