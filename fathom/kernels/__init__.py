@@ -120,9 +120,9 @@ def inter_block(
         rows, lse, _, _ = kernel.inter_block(
             [as_rows(source) for source in sources], fold_gain(queries, gain).contiguous(), eps, scale, normalize_values
         )
-        if norm_weight is not None:
-            rows[0] = _norm(rows[0], norm_weight, norm_eps)
         outs = [row.view(shape) for row in rows]
+        if norm_weight is not None:
+            outs[0] = _norm(rows[0], norm_weight, norm_eps).view(shape)
         return outs, [row.view(shape[:-1]) for row in lse.unbind(0)]
     out, lse = two_phase.inter_block(sources, queries, gain, eps=eps, scale=scale, normalize_values=normalize_values)
     outs = list(out.unbind(0))
@@ -135,7 +135,7 @@ def _norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of [tokens, D]: what ``update_read`` is without a partial sum and without sources."""
     from fathom.kernels import update
 
-    return update.update_read(None, rows, None, None, None, weight, 0.0, eps, False)[0]
+    return update.update_read(None, rows, None, None, None, weight.contiguous(), 0.0, eps, False)[0]
 
 
 def read(
@@ -199,8 +199,9 @@ def update_read(
 
         folded = fold_gain(query, gain).contiguous() if query is not None and inter_out is not None else None
         lse = None if inter_lse is None else inter_lse.reshape(-1).contiguous()
+        weight = None if norm_weight is None else norm_weight.contiguous()
         found = kernel.update_read(
-            rows(partial), as_rows(output).contiguous(), rows(inter_out), lse, folded, norm_weight, eps, norm_eps,
+            rows(partial), as_rows(output).contiguous(), rows(inter_out), lse, folded, weight, eps, norm_eps,
             return_mix or norm_weight is None,
         )  # fmt: skip
         parts = [output if partial is None else found.pop(0).view(shape), *(part.view(shape) for part in found[:-1])]

@@ -76,7 +76,7 @@ def _scores(
         q = tl.load(queries + s[:, None] * dim + column[None, :], (s < S)[:, None] & (column < dim)[None, :], other=0)
         dots += _times(q.to(ACC), tl.trans(v), 3, SPLIT, PRECISION)
         square += tl.sum(v.to(ACC) * v.to(ACC), 1)
-    r = 1 / tl.sqrt(square / dim + eps)
+    r = 1 / tl.sqrt(tl.where(here, square / dim + eps, 1))
     tl.store(rstd + t * N + n, r, here)
     at = (t[None, :] * N + n) * S + s[:, None]
     tl.store(scores + at, dots * (r * scale)[None, :], (s < S)[:, None] & here[None, :])

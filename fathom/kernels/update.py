@@ -44,7 +44,7 @@ def _forward(
     if INTER:
         o = tl.load(inter + at, mask, other=0).to(ACC)
         q = tl.load(query + d, inside, other=0).to(ACC)
-        r = 1 / tl.sqrt(tl.sum(b * b, 1) / dim + eps)
+        r = 1 / tl.sqrt(tl.where(here, tl.sum(b * b, 1) / dim + eps, 1))
         s = tl.sum(b * q[None, :], 1) * r
         a = 1 / (1 + tl.exp(tl.load(lse + t, here, other=0) - s))
         h = o + a[:, None] * (b - o)
@@ -53,7 +53,7 @@ def _forward(
     if MIX:
         tl.store(mix_out + at, h.to(element), mask)
     if NORM:
-        m = 1 / tl.sqrt(tl.sum(h * h, 1) / dim + norm_eps)
+        m = 1 / tl.sqrt(tl.where(here, tl.sum(h * h, 1) / dim + norm_eps, 1))
         w = tl.load(norm_weight + d, inside, other=0).to(ACC)
         tl.store(stats + 2 * num_tokens + t, m, here)
         tl.store(x + at, (h * m[:, None] * w[None, :]).to(element), mask)
@@ -131,6 +131,8 @@ def update_read(
     x = torch.empty_like(output) if norm_weight is not None else None
     mix = torch.empty_like(output) if return_mix else None
     stats = statistic(output, 3, num_tokens)
+    if inter is None or norm_weight is None:
+        stats.zero_()
     block_t, block_d, num_warps = _tile(dim)
     _forward[(triton.cdiv(num_tokens, block_t),)](
         partial, output, inter, lse, query, norm_weight, total, x, mix, stats, num_tokens, dim, eps, norm_eps,

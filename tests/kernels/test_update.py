@@ -44,7 +44,7 @@ def test_equals_the_equation(tokens: int, d: int, dtype: torch.dtype, device: st
     assert_as_good_as_plain(call, make(tokens, d, dtype, device))
 
 
-@pytest.mark.parametrize(("partial", "inter", "norm", "mix"), itertools.product([False, True], repeat=4))
+@pytest.mark.parametrize(("partial", "inter", "norm", "mix"), list(itertools.product([False, True], repeat=4)))
 def test_every_variant(partial: bool, inter: bool, norm: bool, mix: bool, device: str):
     inputs = make(5, 40, DTYPES[0], device, partial=partial, inter=inter, norm=norm)
     assert_as_good_as_plain(lambda leaves: call(leaves, return_mix=mix), inputs)
