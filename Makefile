@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-gpu lint types clean
 
 demo: .venv/.base
 	$(BIN)/fathom quickstart
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -q
+
+test-gpu: .venv/.dev
+	$(BIN)/python -m pytest -q tests/kernels tests/gpu
 
 lint: .venv/.dev
 	$(BIN)/ruff check
