@@ -19,6 +19,7 @@ OPTIONS: dict[str, tuple[Rule, ...]] = {
     "heads": ("full", "block", "mhar", "mrla"),
     "window": ("full",),
     "isolate_embedding": ("block",),
+    "recompute": ("block",),
     "num_streams": ("hyper_connections", "mhc", "mhc_lite", "ddl"),
     "dynamic": ("hyper_connections",),
     "gate": ("highway",),
@@ -53,6 +54,8 @@ class ResidualConfig:
     """Epsilon of the key norm, and of any other norm that a rule computes."""
     schedule: Literal["two_phase", "single_pass"] = "two_phase"
     """Full, Block: how reads are computed; changes speed and not the result."""
+    recompute: bool | None = None
+    """Block: compute phase 1 again in the backward pass instead of keeping it: slower, and as little memory as PreNorm."""
     query: Literal["learned", "input", "none"] | None = None
     """Full, Block: a learned query (default), one projected from the read before, or learned scores without query and key."""
     activation: Literal["softmax", "sigmoid"] | None = None

@@ -10,6 +10,7 @@ import torch
 
 from fathom import __version__
 from fathom.errors import UserError
+from fathom.kernels import backend_for
 
 # Dense bf16 peak of a GPU in FLOP/s (vendors' data sheets), for model FLOPs utilisation. Matched by the start of a word.
 PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -67,7 +68,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
-        "backend": "reference",
+        "backend": backend_for(device),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed": None if changes is None else bool(changes),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

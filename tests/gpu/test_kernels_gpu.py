@@ -11,14 +11,13 @@ from fathom import kernels
 from fathom.block import BlockAttnRes
 from fathom.kernels import use_backend
 from fathom.stream import PreNorm, Stream
-from tests.kernels.cases import assert_as_good_as_plain
+from tests.kernels.cases import DRAWS, DTYPES, assert_as_good_as_plain
 from tests.kernels.test_inter import call as inter_call
 from tests.kernels.test_inter import make as inter_inputs
 from tests.kernels.test_update import call as update_call
 from tests.kernels.test_update import make as update_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -26,13 +25,13 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
     "shape", [(4, 8, 2048, 300), (9, 6, 2304, 100), (8, 12, 7168, 40), (3, 2, 8192, 33), (33, 2, 512, 40)], ids=str
 )
 def test_wide_reads(shape: tuple[int, int, int, int], dtype: torch.dtype):
-    assert_as_good_as_plain(inter_call(shape[0]), inter_inputs(*shape, dtype, "cuda"))
+    assert_as_good_as_plain(inter_call(shape[0]), *(inter_inputs(*shape, dtype, "cuda") for _ in range(DRAWS[dtype])))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "d"), [(1000, 2048), (40, 7168), (33, 8192), (9, 16384)])
 def test_wide_updates(tokens: int, d: int, dtype: torch.dtype):
-    assert_as_good_as_plain(update_call, update_inputs(tokens, d, dtype, "cuda"))
+    assert_as_good_as_plain(update_call, *(update_inputs(tokens, d, dtype, "cuda") for _ in range(DRAWS[dtype])))
 
 
 @pytest.mark.parametrize(("tokens", "d"), [(131072, 2048), (131072, 16384)])
