@@ -155,8 +155,7 @@ def _backward(
     sources, strides, queries, douts, douts_strides, dlse, lse, scores, rstd, dsources,
     coefficients, shares, own, num_tokens, dim, scale,
     N: tl.constexpr, S: tl.constexpr, N_PAD: tl.constexpr, S_PAD: tl.constexpr, S_ALONE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAIR_D: tl.constexpr, NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAIR_D: tl.constexpr, NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
     BYTES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     element: tl.constexpr = sources[0].dtype.element_ty
@@ -172,14 +171,15 @@ def _backward(
     dout = row_pointers(douts, douts_strides, s, u, S, element, BYTES, ALIGNED)[:, None]
     dp = tl.zeros([BLOCK_T * S_PAD, BLOCK_T * N_PAD], ACC)
     d = tl.arange(0, PAIR_D)
-    for start in range(0, dim, PAIR_D):
-        column = (start + d)[None, :]
-        v = tl.load(source + column, live[:, None] & (column < dim), other=0, eviction_policy="evict_last")
-        g = tl.load(dout + column, wanted[:, None] & (column < dim), other=0, eviction_policy="evict_last")
-        if SPLIT:
-            dp += tl.dot(g, tl.trans(v))
-        else:
-            dp += tl.dot(g.to(ACC), tl.trans(v).to(ACC), input_precision=PRECISION, out_dtype=ACC)
+    if N > 1 or NORMALIZE:  # a single source has the whole weight whatever its score: what dp adds to ds cancels
+        for start in range(0, dim, PAIR_D):
+            column = (start + d)[None, :]
+            v = tl.load(source + column, live[:, None] & (column < dim), other=0, eviction_policy="evict_last")
+            g = tl.load(dout + column, wanted[:, None] & (column < dim), other=0, eviction_policy="evict_last")
+            if SPLIT:
+                dp += tl.dot(g, tl.trans(v))
+            else:
+                dp += tl.dot(g.to(ACC), tl.trans(v).to(ACC), input_precision=PRECISION, out_dtype=ACC)
 
     cell = (u[:, None] * N + n[None, :]) * S + s[:, None]
     score = tl.load(scores + cell, use, other=float("-inf"))

@@ -52,9 +52,10 @@ def test_equals_the_equation(shape: tuple[int, int, int, int], dtype: torch.dtyp
 @pytest.mark.parametrize(
     "settings", [{"scale": 0.3}, {"normalize_values": True}, {"normalize_values": True, "scale": 0.2}], ids=str
 )
-def test_the_variants_of_score_and_values(settings: dict[str, object], device: str):
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_variants_of_score_and_values(n: int, settings: dict[str, object], device: str):
     dtype = DTYPES[0]
-    assert_as_good_as_plain(call(3, **settings), make(3, 3, 48, 5, dtype, device, gain=False))
+    assert_as_good_as_plain(call(n, **settings), make(n, 3, 48, 5, dtype, device, gain=False))
 
 
 def test_the_first_read_comes_normalised(device: str):
