@@ -1,0 +1,445 @@
+"""What the evidence says of each theory: its evidence, draws of its parameters, its predictions; and of all together.
+
+The way is chosen by the theory's form, exact where that is possible:
+
+    enumerated    every parameter is a choice(...)
+    conjugate     beta with bernoulli or binomial, gamma with poisson
+    linear        affine mean, normal priors, normal noise: exact given the noise scale, a grid over that (gaussian.py)
+    sampled       anything else: SMC and adaptive importance sampling, twice (sampler.py)
+
+A sampled theory must pass three gates (Pareto k, effective sample size, agreement of the replicates) or is tried harder; one
+that fails them all is marked, and questions that lean on it are not answered. Seeds come from the numbers of the world alone:
+neither names nor free text move an answer.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fathom.errors import UserError
+from fathom.scientist import noise as noises
+from fathom.scientist.diagnostics import effective_size, pareto_k
+from fathom.scientist.expression import Call, Name, Node, Number, evaluate
+from fathom.scientist.gaussian import Linear, LinearPosterior, solve
+from fathom.scientist.priors import Prior
+from fathom.scientist.sampler import LADDER, Effort, sample
+from fathom.scientist.world import Claim, Theory, World
+
+Array = np.ndarray
+Values = dict[str, Any]
+MAX_K, MIN_ESS, MAX_GAP, MATTERS = 0.7, 400.0, 0.2, 1e-3
+"""The gates, and the posterior probability from which a theory must pass them."""
+CHUNK = 2_000_000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one posterior may cost, in evaluations of a theory's likelihood: counted, so that answers do not depend on the clock."""
+
+    evals: int = 4_000_000
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a theory's evidence was found and how far it can be trusted."""
+
+    method: str
+    k_hat: float | None = None
+    ess: float | None = None
+    replicate_gap: float | None = None
+    evals: int = 0
+
+    @property
+    def trusted(self) -> bool:
+        if self.k_hat is None or self.ess is None:
+            return True
+        return self.k_hat <= MAX_K and self.ess >= MIN_ESS and (self.replicate_gap or 0.0) <= MAX_GAP
+
+
+class Unsaid(Exception):
+    """A theory does not say what a quantity is."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One theory after the evidence."""
+
+    world: World
+    theory: Theory
+    log_evidence: float
+    report: Report
+    make_draws: Callable[[], tuple[dict[str, Array], Array]]
+    linear: LinearPosterior | None = None
+
+    @cached_property
+    def draws(self) -> tuple[dict[str, Array], Array]:
+        """Parameters [P] and their normalised weights [P]."""
+        return self.make_draws()
+
+    def value(self, tree: Node, design: Values | None = None) -> Array:
+        """An expression over quantities and ``mean(...)``, for every draw [P].
+
+        Raises:
+            Unsaid: the theory does not say what one of its quantities is.
+            UserError: an unknown name or a wrong design.
+        """
+        params, weights = self.draws
+        return np.broadcast_to(value(self.world, self.theory, tree, params, design or {}), weights.shape)
+
+    def components(self, designs: list[Values], count: int | None = None) -> tuple[Array, Array, Array]:
+        """The posterior predictive as a mixture of the theory's noise: weights [K], means and scales [m, K].
+
+        Args:
+            count: About how many components at most; all if not given.
+        """
+        if self.linear is not None:
+            columns = _columns(self.world, designs)
+            offset, features = features_of(self.theory, columns, len(designs))
+            weights, means, scales = self.linear.predictive(features)
+            means = means + offset[:, None]
+            kept = _thin(weights, count)
+            return (weights if kept is None else np.full(len(kept), 1 / len(kept)), *(
+                (means, scales) if kept is None else (means[:, kept], scales[:, kept])))  # fmt: skip
+        params, weights = self.draws
+        kept = _thin(weights, count)
+        if kept is not None:
+            params = {name: each[kept] for name, each in params.items()}
+            weights = np.full(len(kept), 1 / len(kept))
+        columns = _columns(self.world, designs)
+        environment = {name: each[None, :] for name, each in columns.items()} | {
+            name: each[:, None] for name, each in params.items()
+        }
+        shape = (len(weights), len(designs))
+        mean = np.broadcast_to(evaluate(self.theory.mean, environment), shape)
+        return weights, mean.T, np.broadcast_to(_spread(self.theory, environment), shape).T
+
+    def log_rows(self) -> Array:
+        """Log density of every row under every draw [P, n]."""
+        params, _ = self.draws
+        return log_rows(self.world, self.theory, params)
+
+
+def _thin(weights: Array, count: int | None) -> Array | None:
+    """Indices of ``count`` equally weighted components, spread evenly over the weights; None to keep all."""
+    if count is None or len(weights) <= count:
+        return None
+    points = (np.arange(count) + 0.5) / count
+    return np.minimum(np.searchsorted(np.cumsum(weights), points), len(weights) - 1)
+
+
+def degrees(theory: Theory) -> float:
+    """Degrees of freedom of a student_t noise, 0 of any other."""
+    first = theory.noise.args[0] if theory.noise.family == "student_t" else None
+    return first.value if isinstance(first, Number) else 0.0
+
+
+def _columns(world: World, designs: list[Values]) -> dict[str, Array]:
+    return {
+        name: np.array([design[name] for design in designs], dtype=object if kind.levels else float)
+        for name, kind in world.designs.items()
+    }
+
+
+def _spread(theory: Theory, environment: Values) -> Array:
+    spread = theory.noise.spread
+    return np.asarray(1.0 if spread is None else evaluate(spread, environment), float)
+
+
+def features_of(theory: Theory, columns: dict[str, Array], rows: int) -> tuple[Array, Array]:
+    """Offset [n] and features [n, p] of a linear theory."""
+    parts = theory.coefficients()
+    assert parts is not None
+    inner = [name for name in theory.params if name != theory.scale]
+    offset = np.broadcast_to(np.asarray(evaluate(parts.get("", Number(0.0)), columns), float), (rows,))
+    features = np.zeros((rows, len(inner)))
+    for index, name in enumerate(inner):
+        if name in parts:
+            features[:, index] = evaluate(parts[name], columns)
+    return offset, features
+
+
+def log_rows(world: World, theory: Theory, params: dict[str, Array]) -> Array:
+    """Log density of every row [P, n] for parameters [P]."""
+    environment: Values = {name: each[None, :] for name, each in world.data.items()}
+    environment |= {name: each[:, None] for name, each in params.items()}
+    count = len(next(iter(params.values()))) if params else 1
+    mean = np.asarray(evaluate(theory.mean, environment), float)
+    scale = _spread(theory, environment)
+    if not theory.noise.discrete and world.extra.any():
+        scale = np.sqrt(scale**2 + world.extra**2)
+    rows = noises.log_density(theory.noise, world.y[None, :], mean, scale, degrees(theory))
+    return np.broadcast_to(rows, (count, len(world.y)))
+
+
+def value(world: World, theory: Theory, tree: Node, params: dict[str, Array], design: Values) -> Array:
+    """An expression over quantities and ``mean(design=..)`` for parameters [P]; see ``Fit.value``."""
+
+    def called(call: Call, values: Values) -> Any:
+        given = {name: evaluate(each, values, called) for name, each in call.keywords}
+        if call.arguments:
+            raise UserError(f"{call.function}(...) takes designs by name, as in {call.function}({_example(world)})")
+        if call.function == "mean":
+            at = world.design({**{k: v for k, v in values.items() if k in world.designs}, **given})
+            return evaluate(theory.mean, {**params, **at})
+        quantity = theory.quantities.get(call.function)
+        shared = world.quantities.get(call.function)
+        if quantity is None and shared is None:
+            known = {name for each in world.theories for name in each.quantities} | set(world.quantities)
+            if call.function in known:
+                raise Unsaid(call.function)
+            raise UserError(f"{call.function} is not a quantity of this world; there are {', '.join(sorted(known | {'mean'}))}")
+        at = {name: world.designs[name].value(each) for name, each in given.items() if name in world.designs}
+        for name in given.keys() - world.designs.keys():
+            raise UserError(f"{name} is not a design of this world")
+        own = quantity if quantity is not None else shared
+        assert own is not None
+        try:
+            return evaluate(own, {**params, **values, **at}, called)
+        except UserError as error:
+            raise UserError(f"{call.function}: {error}") from None
+
+    with np.errstate(all="ignore"):
+        return np.asarray(evaluate(_resolved(tree, set(design)), design, called), float)
+
+
+def _resolved(tree: Node, designs: set[str]) -> Node:
+    """A tree with every bare name of a quantity made a call."""
+    match tree:
+        case Name(name) if name not in designs:
+            return Call(name, ())
+        case Call(function, arguments, keywords):
+            return Call(
+                function, tuple(_resolved(each, designs) for each in arguments),
+                tuple((name, _resolved(each, designs)) for name, each in keywords),
+            )  # fmt: skip
+    return tree
+
+
+def _example(world: World) -> str:
+    return ", ".join(f"{k}='{d.levels[0]}'" if d.levels else f"{k}={d.low:g}" for k, d in world.designs.items())
+
+
+_RELIABILITY = (np.arange(64) + 0.5) / 64
+
+
+def log_claims(world: World, theory: Theory, params: dict[str, Array], count: int) -> Array:
+    """Log probability [P] of what was said: true within its error with an unknown reliability, which a speaker keeps."""
+    total = np.zeros(count)
+    for who, claims in itertools.groupby(sorted(world.claims, key=lambda claim: claim.who), key=lambda claim: claim.who):
+        said = list(claims)
+        del who
+        a, b = said[0].reliability
+        prior = (a - 1) * np.log(_RELIABILITY) + (b - 1) * np.log1p(-_RELIABILITY)
+        inner = prior - np.logaddexp.reduce(prior)
+        inner = np.broadcast_to(inner, (count, 64))
+        for claim in said:
+            inner = inner + _claim(world, theory, claim, params, count)
+        total = total + np.logaddexp.reduce(inner, axis=1)
+    return total
+
+
+def _claim(world: World, theory: Theory, claim: Claim, params: dict[str, Array], count: int) -> Array:
+    regardless = float(claim.otherwise.log_density(np.array(claim.value)))
+    try:
+        truth = np.broadcast_to(value(world, theory, claim.about, params, {}), (count,))
+    except Unsaid:
+        return np.full((count, 64), regardless)
+    honest = -0.5 * ((claim.value - truth) / claim.within) ** 2 - math.log(claim.within) - 0.5 * math.log(2 * math.pi)
+    honest = np.where(np.isfinite(honest), honest, -np.inf)
+    return np.logaddexp(np.log(_RELIABILITY) + honest[:, None], np.log1p(-_RELIABILITY) + regardless)
+
+
+def seed(world: World, *also: int) -> np.random.Generator:
+    """A generator that depends on the numbers of the world, not on its words."""
+    text = hashlib.sha256(world.y.tobytes() + world.extra.tobytes() + repr(also).encode()).digest()
+    return np.random.default_rng(int.from_bytes(text[:16], "big"))
+
+
+def fit(world: World, index: int, effort: Effort) -> Fit:
+    """Theory ``index`` of a world after its evidence."""
+    theory = world.theories[index]
+    if theory.linear:
+        found = _linear(world, theory, index)
+    elif all(prior.family == "choice" for prior in theory.params.values()):
+        return _enumerated(world, theory)
+    elif (exact := _conjugate(world, theory, index)) is not None:
+        found = exact
+    else:
+        return _sampled(world, theory, index, effort)
+    if not world.claims:
+        return found
+    params, weights = found.draws
+    said = log_claims(world, theory, params, len(weights))
+    log_weights = np.log(weights) + said
+    total = float(np.logaddexp.reduce(log_weights))
+    report = Report(f"{found.report.method}, reweighted by claims", pareto_k(log_weights), effective_size(log_weights))
+    return replace(
+        found, log_evidence=found.log_evidence + total, linear=None, report=report,
+        make_draws=lambda: (params, np.exp(log_weights - total)),
+    )  # fmt: skip
+
+
+def _linear(world: World, theory: Theory, index: int) -> Fit:
+    offset, features = features_of(theory, world.data, len(world.y))
+    inner = [name for name in theory.params if name != theory.scale]
+    priors = [theory.params[name] for name in inner]
+    scale = theory.params[theory.scale] if theory.scale else None
+    if scale is not None and scale.support != "positive":
+        raise UserError(f"theory {theory.id}: the noise scale's prior must be of a positive number")
+    problem = Linear(
+        features, world.y - offset, world.extra**2, np.array([prior.args[0] for prior in priors]),
+        np.array([prior.args[1] for prior in priors]), np.array([prior.relative for prior in priors], bool),
+        scale if scale is not None else float(evaluate(theory.noise.args[0], {})),
+    )  # fmt: skip
+    posterior = solve(problem)
+
+    def draws() -> tuple[dict[str, Array], Array]:
+        count = 2**15 if len(inner) <= 8 else 2**12
+        w, s = posterior.draw(count, seed(world, index, 0))
+        params = dict(zip(inner, w.T, strict=True))
+        if theory.scale:
+            params[theory.scale] = s
+        return params, np.full(count, 1 / count)
+
+    return Fit(world, theory, posterior.log_evidence, Report("linear"), draws, posterior)
+
+
+def _enumerated(world: World, theory: Theory) -> Fit:
+    values = [prior.args for prior in theory.params.values()]
+    count = math.prod(map(len, values))
+    if count > 200_000:
+        raise UserError(f"theory {theory.id}: its choices make {count:,} combinations; 200,000 are enumerated at most")
+    grid = np.array(list(itertools.product(*values)), float).reshape(count, len(values))
+    params = dict(zip(theory.params, grid.T, strict=True))
+    joint = _chunked(world, theory, params, count) + log_claims(world, theory, params, count) - math.log(count)
+    total = float(np.logaddexp.reduce(joint))
+    weights = np.exp(joint - total) if math.isfinite(total) else np.full(count, 1 / count)
+    return Fit(world, theory, total, Report("enumerated", evals=count), lambda: (params, weights))
+
+
+def _conjugate(world: World, theory: Theory, index: int) -> Fit | None:
+    if not isinstance(theory.mean, Name) or list(theory.params) != [theory.mean.id]:
+        return None
+    name = theory.mean.id
+    prior = theory.params[name]
+    y, family = world.y, theory.noise.family
+    if prior.family == "gamma" and family == "poisson":
+        a, b = prior.args[0] + y.sum(), prior.args[1] + len(y)
+        total = prior.args[0] * math.log(prior.args[1]) - math.lgamma(prior.args[0]) + math.lgamma(a) - a * math.log(b)
+        total -= float(noises.log_gamma(y + 1).sum())
+        after = Prior("gamma", (a, b))
+    elif prior.family == "beta" and family in ("bernoulli", "binomial"):
+        trials = np.broadcast_to(_spread(theory, dict(world.data)), y.shape)
+        after = Prior("beta", (prior.args[0] + y.sum(), prior.args[1] + (trials - y).sum()))
+        log_beta = [math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b) for a, b in (after.args, prior.args)]
+        choose = noises.log_gamma(trials + 1) - noises.log_gamma(y + 1) - noises.log_gamma(trials - y + 1)
+        total = log_beta[0] - log_beta[1] + float(choose.sum())
+    else:
+        return None
+    count = 2**15
+    return Fit(
+        world, theory, float(total), Report("conjugate"),
+        lambda: ({name: after.draw(seed(world, index, 0), count)}, np.full(count, 1 / count)),
+    )  # fmt: skip
+
+
+def _chunked(world: World, theory: Theory, params: dict[str, Array], count: int) -> Array:
+    """Log likelihood [P] of all rows, in pieces that fit in memory."""
+    step = max(CHUNK // max(len(world.y), 1), 1)
+    pieces = []
+    for start in range(0, count, step):
+        part = {name: each[start : start + step] for name, each in params.items()}
+        pieces.append(log_rows(world, theory, part)[: count - start].sum(1))
+    return np.concatenate(pieces)
+
+
+def _sampled(world: World, theory: Theory, index: int, effort: Effort) -> Fit:
+    priors = list(theory.params.values())
+
+    def params_of(points: Array) -> dict[str, Array]:
+        return {name: prior.constrain(points[:, j]) for j, (name, prior) in enumerate(theory.params.items())}
+
+    def prior_density(points: Array) -> Array:
+        return sum((prior.log_density(points[:, j]) for j, prior in enumerate(priors)), np.zeros(len(points)))
+
+    def likelihood(points: Array) -> Array:
+        params = params_of(points)
+        return _chunked(world, theory, params, len(points)) + log_claims(world, theory, params, len(points))
+
+    replicates = []
+    for replicate in (1, 2):
+        random = seed(world, index, replicate, effort.draws)
+        start = np.stack([prior.unconstrain(prior.draw(random, effort.particles)) for prior in priors], 1)
+        replicates.append(sample(prior_density, likelihood, start, effort, random))
+    first, second = replicates
+    evidences = np.array([first.log_evidence, second.log_evidence])
+    gap = float(abs(evidences[0] - evidences[1])) if np.isfinite(evidences).all() else math.inf
+    report = Report(
+        "sampled", max(first.k_hat, second.k_hat), first.ess + second.ess, gap, first.evals + second.evals
+    )
+    total = float(np.logaddexp.reduce(evidences) - math.log(2))
+    log_weights = np.concatenate([each.log_weights + (each.log_evidence if math.isfinite(total) else 0) for each in replicates])
+    weights = np.exp(log_weights - np.logaddexp.reduce(log_weights))
+    kept = weights > 0
+    params = params_of(np.concatenate([each.points for each in replicates])[kept])
+    return Fit(world, theory, total, report, lambda: (params, weights[kept]))
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """All theories of a world after its evidence."""
+
+    world: World
+    fits: tuple[Fit, ...]
+    probabilities: Array
+    evals: int
+
+    @property
+    def untrusted(self) -> list[str]:
+        """Theories that matter and whose numbers did not pass the gates."""
+        return [
+            each.theory.id for each, p in zip(self.fits, self.probabilities, strict=True)
+            if p > MATTERS and not each.report.trusted
+        ]  # fmt: skip
+
+    @property
+    def log_evidence(self) -> float:
+        """Of the whole world."""
+        priors = np.log([each.theory.prior for each in self.fits])
+        return float(np.logaddexp.reduce(priors + [each.log_evidence for each in self.fits]))
+
+
+def weigh(fits: list[Fit]) -> Array:
+    """Posterior probabilities of theories.
+
+    Raises:
+        UserError: no theory gives the evidence any probability.
+    """
+    heights = np.log([each.theory.prior for each in fits]) + np.array([each.log_evidence for each in fits])
+    if not np.isfinite(heights.max()):
+        raise UserError("no theory gives this evidence any probability: look for a wrong value or a bound that excludes it")
+    weights = np.exp(heights - heights.max())
+    return weights / weights.sum()
+
+
+def infer(world: World, budget: Budget | None = None) -> Posterior:
+    """The posterior of a world, escalating where a gate is not passed and the budget allows."""
+    budget = budget or Budget()
+    fits = [fit(world, index, LADDER[0]) for index in range(len(world.theories))]
+    spent = sum(each.report.evals for each in fits)
+    for effort in LADDER[1:]:
+        probabilities = weigh(fits)
+        # An evidence that is not trusted may be far off, so a margin of e^10 decides what could matter.
+        weak = [i for i, each in enumerate(fits) if not each.report.trusted and probabilities[i] > MATTERS * math.exp(-10)]
+        for index in weak:
+            expected = 2 * (effort.draws * 3 + effort.particles * effort.moves * 30)
+            if spent + expected <= budget.evals:
+                fits[index] = fit(world, index, effort)
+                spent += fits[index].report.evals
+    return Posterior(world, tuple(fits), weigh(fits), spent)
