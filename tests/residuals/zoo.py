@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 RULES = {rule: {"rule": rule} for rule in CATALOGUE}
 CASES: dict[str, dict[str, Any]] = RULES | SWITCHED | VARIANTS
-assert {name for case in CASES.values() for name in case} >= OPTIONS.keys() - {"alpha", "init", "rank"}
+assert {name for case in CASES.values() for name in case} >= OPTIONS.keys() - {"alpha", "init", "rank", "recompute"}
 
 
 def config(case: str, **more: Any) -> ResidualConfig:
