@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fathom.errors import UserError
-from fathom.inference.sample import decode_stream, encode_prompt, generate, load_run
+from fathom.inference.engine import Engine
+from fathom.inference.generate import generate
+from fathom.inference.sampling import Sampling
 from fathom.lab.dynamics import write_depth
 from fathom.lab.report import write_report
 from fathom.models.config import ModelConfig
@@ -186,6 +188,5 @@ def _table(prenorm: dict[str, Any], block: dict[str, Any]) -> Table:
 
 
 def _sample(run: Path, device: torch.device) -> str:
-    model, tokenizer = load_run(run, device)
-    tokens = encode_prompt(tokenizer, PROMPT)
-    return "".join(decode_stream(tokenizer, generate(model, tokens, count=60, temperature=0.7, seed=0)))
+    pieces = generate(Engine.load(run, device=device), [PROMPT], Sampling(tokens=60, temperature=0.7))
+    return "".join(piece.text for piece in pieces)

@@ -6,7 +6,7 @@ people or, with `--json`, as one JSON value; all else goes to standard error.
 
 from collections.abc import Callable
 
-from fathom.commands import data, lab, measure, mixing, runs, sweep
+from fathom.commands import data, hf, lab, measure, mixing, runs, sample, sweep
 from fathom.commands.output import Function
 
 COMMANDS: dict[str, Callable[[], Function]] = {
@@ -16,11 +16,13 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "data unpack": data.unpack,
     "data sample": data.sample,
     "train": runs.train_resume,
-    "sample": runs.sample,
+    "sample": sample.sample,
     "report": runs.report,
     "residuals": measure.residuals,
     "bench": measure.bench,
     "sweep": sweep.sweep,
+    "export": hf.export,
+    "convert": hf.convert,
     "lab scaling": lab.scaling,
     "lab ablations": lab.ablations,
     "lab depth-width": lab.depth_width,

@@ -1,11 +1,9 @@
-"""`fathom quickstart`, `train`, `sample` and `report`: what makes a run folder and what reads one."""
+"""`fathom quickstart`, `train` and `report`: what makes a run folder and what reads one."""
 
 import contextlib
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,55 +97,6 @@ def _train(run: Path, train: Callable[[], dict[str, Any]], as_json: bool) -> int
     )
     print(f"fathom sample {folder} --prompt 'The '")
     return None
-
-
-def sample() -> Function:
-    def run(
-        run: Positional[Path],
-        prompt: str = "",
-        tokens: int = 200,
-        temperature: float = 0.8,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        checkpoint: int | None = None,
-        device: str = "auto",
-    ) -> None:
-        """Continue a text with the model of a run, as it comes; the speed goes to standard error.
-
-        Args:
-            run: The run folder.
-            prompt: The text to continue; an empty one begins a document.
-            tokens: How many tokens at most; the model may end its document earlier.
-            temperature: 1 draws as the model predicts; less keeps to likelier tokens, 0 takes the likeliest.
-            top_k: Draw only among this many likeliest tokens.
-            top_p: Draw only among the fewest tokens that hold this share of the probability.
-            seed: Of the draws.
-            checkpoint: The step of the checkpoint; the newest if not given.
-            device: cpu, cuda, or auto for the GPU where there is one.
-        """
-        from fathom.inference.sample import decode_stream, encode_prompt, generate, load_run
-        from fathom.train.environment import pick_device
-
-        model, tokenizer = load_run(run, pick_device(device), step=checkpoint)
-        given = encode_prompt(tokenizer, prompt)
-        made = 0
-
-        def counted() -> Iterator[int]:
-            nonlocal made
-            settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-            for token in generate(model, given, count=tokens, seed=seed, **settings):  # type: ignore[arg-type]
-                made += 1
-                yield token
-
-        begin = time.perf_counter()
-        for piece in decode_stream(tokenizer, chain(given, counted())):
-            print(piece, end="", flush=True)
-        print()
-        seconds = time.perf_counter() - begin
-        print(f"{made} tokens, {made / seconds:.1f} tokens/s", file=sys.stderr)
-
-    return run
 
 
 def report() -> Function:

@@ -4,7 +4,7 @@ A sublayer takes its *normalised* input: the stream applies ``sublayer.norm``, s
 An attention sublayer also takes an ``AttentionInput``, from a stream whose rule reaches into the attention.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,29 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
+class Attend(Protocol):
+    """Attention over more than the tokens at hand: those of a key/value cache (inference/cache.py)."""
+
+    def __call__(
+        self,
+        layer: int,
+        query: Float[Tensor, "B H T W"],
+        key: Float[Tensor, "B K T W"],
+        value: Float[Tensor, "B K T W"],
+    ) -> Float[Tensor, "B H T W"]:
+        """What the queries of decoder layer ``layer`` take from the cached tokens and from these, which join them."""
+
+
 class Context(NamedTuple):
     """What all attention sublayers of one forward pass share."""
 
     cos: Tensor
-    """Rotary cosines [T, head_width / 2]."""
+    """Rotary cosines [T, head_width / 2], or [B, 1, T, head_width / 2] where the rows are at different positions."""
     sin: Tensor
     mask: Tensor | None
     """[B, 1, T, T], True where attention may look; None for plain causal attention."""
+    attend: Attend | None = None
+    """In place of attention among these T tokens alone."""
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -45,7 +60,7 @@ def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(
-    x: Float[Tensor, "B H T W"], cos: Float[Tensor, "T W2"], sin: Float[Tensor, "T W2"]
+    x: Float[Tensor, "B H T W"], cos: Float[Tensor, "*rows T W2"], sin: Float[Tensor, "*rows T W2"]
 ) -> Float[Tensor, "B H T W"]:
     """Rotary position embedding (arXiv 2104.09864) on the two halves of each head."""
     first, second = x.chunk(2, dim=-1)
@@ -88,10 +103,11 @@ class AttentionOutput(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions and optional QK norm."""
+    """Causal grouped-query attention with rotary positions and optional QK norm; ``layer`` is its place in a cache."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
+        self.layer = layer
         self.num_heads, self.kv_heads, self.head_width = config.num_heads, config.kv_heads, config.head_width
         inner, kv = self.num_heads * self.head_width, self.kv_heads * self.head_width
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -120,9 +136,13 @@ class Attention(nn.Module):
             value = x.mix[0] * x.first + x.mix[1] * value
         query = rotate(self.query_norm(query), context.cos, context.sin)
         key = rotate(self.key_norm(key), context.cos, context.sin)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, context.mask, is_causal=context.mask is None, enable_gqa=self.kv_heads != self.num_heads
-        )
+        if context.attend is not None:
+            mixed = context.attend(self.layer, query, key, value)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, context.mask, is_causal=context.mask is None,
+                enable_gqa=self.kv_heads != self.num_heads,
+            )  # fmt: skip
         output = self.out(rearrange(mixed, "B H T W -> B T (H W)"))
         return AttentionOutput(output, own) if isinstance(x, AttentionInput) and x.hand_over else output
 

@@ -36,7 +36,9 @@ class Transformer(nn.Module):
         self.config = config
         self.end_of_text = end_of_text
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.sublayers = nn.ModuleList(layer(config) for _ in range(config.num_layers) for layer in (Attention, SwiGLU))
+        self.sublayers = nn.ModuleList(
+            sublayer for layer in range(config.num_layers) for sublayer in (Attention(config, layer), SwiGLU(config))
+        )
         self.stream = make_stream(config.residual, config.num_sublayers, config.dim)
         self.final_norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -57,13 +59,17 @@ class Transformer(nn.Module):
             mask = document_mask(tokens, self.end_of_text)
         return Context(self.cos[:length], self.sin[:length], mask)
 
-    def hidden(self, tokens: Int[Tensor, "B T"], observe: Observe | None = None) -> Float[Tensor, "B T D"]:
+    def hidden(
+        self, tokens: Int[Tensor, "B T"], observe: Observe | None = None, context: Context | None = None
+    ) -> Float[Tensor, "B T D"]:
         """The normalised output that the head reads.
 
+        ``context``: where the tokens stand and what attention sees; if not given, they begin a sequence and see one another.
         ``observe(site, state, output)`` is called at every site, the output site last (with output None), with the state that
         its read saw: the place for instruments, which must not change it.
         """
-        context = self._context(tokens)
+        if context is None:
+            context = self._context(tokens)
         embedding = self.embedding(tokens)
         if torch.is_autocast_enabled(embedding.device.type):
             embedding = embedding.to(torch.get_autocast_dtype(embedding.device.type))
