@@ -105,7 +105,9 @@ def read_yaml(text: str, name: str) -> tuple[Any, dict[Path_, int]]:
     try:
         for token in yaml.scan(text, yaml.SafeLoader):
             if isinstance(token, yaml.AnchorToken | yaml.AliasToken | yaml.TagToken):
-                raise UserError(f"{name}:{token.start_mark.line + 1}: anchors, aliases and tags have no place in a world")
+                raise UserError(
+                    f"{name}:{token.start_mark.line + 1}: anchors, aliases and tags have no place in a world"
+                )
         node = loader.get_single_node()
         return (plain(node, ()) if node is not None else None), lines
     except yaml.YAMLError as error:
@@ -219,7 +221,9 @@ def read_table(content: bytes, name: str) -> list[dict[str, Any]]:
             raise UserError(f"{name}: evidence is read from .csv, .jsonl and .json files")
     except (ValueError, TypeError, AttributeError) as error:
         raise error if isinstance(error, UserError) else UserError(f"{name} cannot be read: {error}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and all(isinstance(k, str) for k in row) for row in rows):
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and all(isinstance(k, str) for k in row) for row in rows
+    ):
         raise UserError(f"{name}: this is not a list of rows with named columns")
     if len(rows) > MAX_ROWS:
         raise UserError(f"{name} has {len(rows):,} rows: {MAX_ROWS:,} at most")

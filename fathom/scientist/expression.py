@@ -194,7 +194,9 @@ class _Parser:
         if kind != "name" or word in _WORDS:
             raise self.wrong()
         if word.startswith("_") or "__" in word:
-            raise UserError(f"{word!r} at column {column} is not a name: names start with a letter and hold no double _")
+            raise UserError(
+                f"{word!r} at column {column} is not a name: names start with a letter and hold no double _"
+            )
         self.at += 1
         if not self.take("("):
             return self.count(Name(word))
@@ -250,7 +252,9 @@ def evaluate(
             given = [evaluate(argument, values, calls) for argument in arguments]
             texts = sum(_is_text(value) for value in given)
             if texts and (function not in ("is", "==") or texts != 2):
-                raise UserError(f"{function} needs numbers, or two texts to compare; a text stands where a number is meant")
+                raise UserError(
+                    f"{function} needs numbers, or two texts to compare; a text stands where a number is meant"
+                )
             with np.errstate(all="ignore"):
                 return FUNCTIONS[function][1](*given)
     raise TypeError(node)

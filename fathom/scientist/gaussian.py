@@ -13,7 +13,7 @@ import numpy as np
 from fathom.scientist.priors import Prior
 
 Array = np.ndarray
-GRID = 193
+GRID = 129
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,24 @@ class LinearPosterior:
     def draw(self, count: int, random: np.random.Generator) -> tuple[Array, Array]:
         """``count`` equally weighted draws: w [count, p] and s [count]."""
         node = resample(self.weights, count, random)
-        roots = np.linalg.cholesky(self.covariances + 1e-300 * np.eye(self.means.shape[1]))
         normal = random.standard_normal((count, self.means.shape[1]))
-        w = np.empty_like(normal)
-        for each in np.unique(node):
-            chosen = node == each
-            w[chosen] = self.means[each] + normal[chosen] @ roots[each].T
-        return w, self.scales[node]
+        used, which = np.unique(node, return_inverse=True)
+        roots = root(self.covariances[used])
+        return self.means[node] + np.einsum("pij,pj->pi", roots[which], normal), self.scales[node]
 
     def predictive(self, features: Array) -> tuple[Array, Array, Array]:
         """Weights [S], means [m, S] and standard deviations [m, S] of outcomes at ``features`` [m, p]."""
         mean = features @ self.means.T
         spread = np.einsum("mp,spq,mq->ms", features, self.covariances, features, optimize=True)
         return self.weights, mean, np.sqrt(np.maximum(spread, 0) + self.scales**2)
+
+
+def root(covariance: Array, least: float = 0.0) -> Array:
+    """R [..., p, p] with R R^T the covariance; eigenvalues of its correlation below ``least`` are raised to that."""
+    scale = np.sqrt(np.maximum(np.diagonal(covariance, axis1=-2, axis2=-1), 1e-300))
+    correlation = covariance / scale[..., :, None] / scale[..., None, :]
+    values, vectors = np.linalg.eigh((correlation + np.swapaxes(correlation, -1, -2)) / 2)
+    return scale[..., :, None] * (vectors * np.sqrt(np.maximum(values, least))[..., None, :])
 
 
 def resample(weights: Array, count: int, random: np.random.Generator) -> Array:
@@ -118,4 +123,6 @@ def solve(problem: Linear) -> LinearPosterior:
     # The ends are 32 nats down, so the trapezoid rule is the plain sum.
     total = height.max() + np.log(relative.sum() * (u[1] - u[0]))
     kept = weights > 1e-12
-    return LinearPosterior(float(total), np.exp(u[kept]), weights[kept] / weights[kept].sum(), means[kept], covariances[kept])
+    return LinearPosterior(
+        float(total), np.exp(u[kept]), weights[kept] / weights[kept].sum(), means[kept], covariances[kept]
+    )

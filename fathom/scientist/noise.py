@@ -1,10 +1,10 @@
 """How an outcome scatters about a theory's mean: densities, distribution functions and draws.
 
-    normal(s)          a real outcome, standard deviation s (of reported evidence: the reporter's in quadrature)
-    student_t(nu, s)   the same with heavy tails
-    bernoulli()        0 or 1; the mean is the probability of 1
-    binomial(n)        a count out of n, a design or a number; the mean is the probability of one
-    poisson()          a count; the mean is its rate
+normal(s)          a real outcome, standard deviation s (of reported evidence: the reporter's in quadrature)
+student_t(nu, s)   the same with heavy tails
+bernoulli()        0 or 1; the mean is the probability of 1
+binomial(n)        a count out of n, a design or a number; the mean is the probability of one
+poisson()          a count; the mean is its rate
 """
 
 import math

@@ -18,29 +18,38 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from fathom.errors import UserError
 from fathom.scientist import noise as noises
 from fathom.scientist.diagnostics import effective_size, pareto_k
-from fathom.scientist.expression import Call, Name, Node, Number, evaluate
+from fathom.scientist.evaluation import (
+    Unsaid,
+    Values,
+    columns,
+    features_of,
+    log_claims,
+    log_likelihood,
+    log_rows,
+    quantities,
+    spread,
+    value,
+)  # fmt: skip
+from fathom.scientist.expression import Name, Node, calls, evaluate, names
 from fathom.scientist.gaussian import Linear, LinearPosterior, solve
 from fathom.scientist.priors import Prior
 from fathom.scientist.sampler import LADDER, Effort, sample
-from fathom.scientist.world import Claim, Theory, World
+from fathom.scientist.world import Theory, World
 
 Array = np.ndarray
-Values = dict[str, Any]
 MAX_K, MIN_ESS, MAX_GAP, MATTERS = 0.7, 400.0, 0.2, 1e-3
 """The gates, and the posterior probability from which a theory must pass them."""
-CHUNK = 2_000_000
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one posterior may cost, in evaluations of a theory's likelihood: counted, so that answers do not depend on the clock."""
+    """What one posterior may cost, in evaluations of a theory's likelihood: counted, so that no answer depends on the clock."""
 
     evals: int = 4_000_000
 
@@ -62,10 +71,6 @@ class Report:
         return self.k_hat <= MAX_K and self.ess >= MIN_ESS and (self.replicate_gap or 0.0) <= MAX_GAP
 
 
-class Unsaid(Exception):
-    """A theory does not say what a quantity is."""
-
-
 @dataclass(frozen=True)
 class Fit:
     """One theory after the evidence."""
@@ -85,10 +90,16 @@ class Fit:
     def value(self, tree: Node, design: Values | None = None) -> Array:
         """An expression over quantities and ``mean(...)``, for every draw [P].
 
+        Args:
+            design: Values of further names, such as the outcome's.
+
         Raises:
             Unsaid: the theory does not say what one of its quantities is.
             UserError: an unknown name or a wrong design.
         """
+        said = set(self.theory.quantities) | set(self.world.quantities)
+        if unsaid := sorted((names(tree) | calls(tree)) & quantities(self.world) - said):
+            raise Unsaid(unsaid[0])
         params, weights = self.draws
         return np.broadcast_to(value(self.world, self.theory, tree, params, design or {}), weights.shape)
 
@@ -99,8 +110,8 @@ class Fit:
             count: About how many components at most; all if not given.
         """
         if self.linear is not None:
-            columns = _columns(self.world, designs)
-            offset, features = features_of(self.theory, columns, len(designs))
+            table = columns(self.world, designs)
+            offset, features = features_of(self.theory, table, len(designs))
             weights, means, scales = self.linear.predictive(features)
             means = means + offset[:, None]
             kept = _thin(weights, count)
@@ -111,13 +122,13 @@ class Fit:
         if kept is not None:
             params = {name: each[kept] for name, each in params.items()}
             weights = np.full(len(kept), 1 / len(kept))
-        columns = _columns(self.world, designs)
-        environment = {name: each[None, :] for name, each in columns.items()} | {
+        table = columns(self.world, designs)
+        environment = {name: each[None, :] for name, each in table.items()} | {
             name: each[:, None] for name, each in params.items()
         }
         shape = (len(weights), len(designs))
         mean = np.broadcast_to(evaluate(self.theory.mean, environment), shape)
-        return weights, mean.T, np.broadcast_to(_spread(self.theory, environment), shape).T
+        return weights, mean.T, np.broadcast_to(spread(self.theory, environment), shape).T
 
     def log_rows(self) -> Array:
         """Log density of every row under every draw [P, n]."""
@@ -131,128 +142,6 @@ def _thin(weights: Array, count: int | None) -> Array | None:
         return None
     points = (np.arange(count) + 0.5) / count
     return np.minimum(np.searchsorted(np.cumsum(weights), points), len(weights) - 1)
-
-
-def degrees(theory: Theory) -> float:
-    """Degrees of freedom of a student_t noise, 0 of any other."""
-    first = theory.noise.args[0] if theory.noise.family == "student_t" else None
-    return first.value if isinstance(first, Number) else 0.0
-
-
-def _columns(world: World, designs: list[Values]) -> dict[str, Array]:
-    return {
-        name: np.array([design[name] for design in designs], dtype=object if kind.levels else float)
-        for name, kind in world.designs.items()
-    }
-
-
-def _spread(theory: Theory, environment: Values) -> Array:
-    spread = theory.noise.spread
-    return np.asarray(1.0 if spread is None else evaluate(spread, environment), float)
-
-
-def features_of(theory: Theory, columns: dict[str, Array], rows: int) -> tuple[Array, Array]:
-    """Offset [n] and features [n, p] of a linear theory."""
-    parts = theory.coefficients()
-    assert parts is not None
-    inner = [name for name in theory.params if name != theory.scale]
-    offset = np.broadcast_to(np.asarray(evaluate(parts.get("", Number(0.0)), columns), float), (rows,))
-    features = np.zeros((rows, len(inner)))
-    for index, name in enumerate(inner):
-        if name in parts:
-            features[:, index] = evaluate(parts[name], columns)
-    return offset, features
-
-
-def log_rows(world: World, theory: Theory, params: dict[str, Array]) -> Array:
-    """Log density of every row [P, n] for parameters [P]."""
-    environment: Values = {name: each[None, :] for name, each in world.data.items()}
-    environment |= {name: each[:, None] for name, each in params.items()}
-    count = len(next(iter(params.values()))) if params else 1
-    mean = np.asarray(evaluate(theory.mean, environment), float)
-    scale = _spread(theory, environment)
-    if not theory.noise.discrete and world.extra.any():
-        scale = np.sqrt(scale**2 + world.extra**2)
-    rows = noises.log_density(theory.noise, world.y[None, :], mean, scale, degrees(theory))
-    return np.broadcast_to(rows, (count, len(world.y)))
-
-
-def value(world: World, theory: Theory, tree: Node, params: dict[str, Array], design: Values) -> Array:
-    """An expression over quantities and ``mean(design=..)`` for parameters [P]; see ``Fit.value``."""
-
-    def called(call: Call, values: Values) -> Any:
-        given = {name: evaluate(each, values, called) for name, each in call.keywords}
-        if call.arguments:
-            raise UserError(f"{call.function}(...) takes designs by name, as in {call.function}({_example(world)})")
-        if call.function == "mean":
-            at = world.design({**{k: v for k, v in values.items() if k in world.designs}, **given})
-            return evaluate(theory.mean, {**params, **at})
-        quantity = theory.quantities.get(call.function)
-        shared = world.quantities.get(call.function)
-        if quantity is None and shared is None:
-            known = {name for each in world.theories for name in each.quantities} | set(world.quantities)
-            if call.function in known:
-                raise Unsaid(call.function)
-            raise UserError(f"{call.function} is not a quantity of this world; there are {', '.join(sorted(known | {'mean'}))}")
-        at = {name: world.designs[name].value(each) for name, each in given.items() if name in world.designs}
-        for name in given.keys() - world.designs.keys():
-            raise UserError(f"{name} is not a design of this world")
-        own = quantity if quantity is not None else shared
-        assert own is not None
-        try:
-            return evaluate(own, {**params, **values, **at}, called)
-        except UserError as error:
-            raise UserError(f"{call.function}: {error}") from None
-
-    with np.errstate(all="ignore"):
-        return np.asarray(evaluate(_resolved(tree, set(design)), design, called), float)
-
-
-def _resolved(tree: Node, designs: set[str]) -> Node:
-    """A tree with every bare name of a quantity made a call."""
-    match tree:
-        case Name(name) if name not in designs:
-            return Call(name, ())
-        case Call(function, arguments, keywords):
-            return Call(
-                function, tuple(_resolved(each, designs) for each in arguments),
-                tuple((name, _resolved(each, designs)) for name, each in keywords),
-            )  # fmt: skip
-    return tree
-
-
-def _example(world: World) -> str:
-    return ", ".join(f"{k}='{d.levels[0]}'" if d.levels else f"{k}={d.low:g}" for k, d in world.designs.items())
-
-
-_RELIABILITY = (np.arange(64) + 0.5) / 64
-
-
-def log_claims(world: World, theory: Theory, params: dict[str, Array], count: int) -> Array:
-    """Log probability [P] of what was said: true within its error with an unknown reliability, which a speaker keeps."""
-    total = np.zeros(count)
-    for who, claims in itertools.groupby(sorted(world.claims, key=lambda claim: claim.who), key=lambda claim: claim.who):
-        said = list(claims)
-        del who
-        a, b = said[0].reliability
-        prior = (a - 1) * np.log(_RELIABILITY) + (b - 1) * np.log1p(-_RELIABILITY)
-        inner = prior - np.logaddexp.reduce(prior)
-        inner = np.broadcast_to(inner, (count, 64))
-        for claim in said:
-            inner = inner + _claim(world, theory, claim, params, count)
-        total = total + np.logaddexp.reduce(inner, axis=1)
-    return total
-
-
-def _claim(world: World, theory: Theory, claim: Claim, params: dict[str, Array], count: int) -> Array:
-    regardless = float(claim.otherwise.log_density(np.array(claim.value)))
-    try:
-        truth = np.broadcast_to(value(world, theory, claim.about, params, {}), (count,))
-    except Unsaid:
-        return np.full((count, 64), regardless)
-    honest = -0.5 * ((claim.value - truth) / claim.within) ** 2 - math.log(claim.within) - 0.5 * math.log(2 * math.pi)
-    honest = np.where(np.isfinite(honest), honest, -np.inf)
-    return np.logaddexp(np.log(_RELIABILITY) + honest[:, None], np.log1p(-_RELIABILITY) + regardless)
 
 
 def seed(world: World, *also: int) -> np.random.Generator:
@@ -317,7 +206,7 @@ def _enumerated(world: World, theory: Theory) -> Fit:
         raise UserError(f"theory {theory.id}: its choices make {count:,} combinations; 200,000 are enumerated at most")
     grid = np.array(list(itertools.product(*values)), float).reshape(count, len(values))
     params = dict(zip(theory.params, grid.T, strict=True))
-    joint = _chunked(world, theory, params, count) + log_claims(world, theory, params, count) - math.log(count)
+    joint = log_likelihood(world, theory, params, count) + log_claims(world, theory, params, count) - math.log(count)
     total = float(np.logaddexp.reduce(joint))
     weights = np.exp(joint - total) if math.isfinite(total) else np.full(count, 1 / count)
     return Fit(world, theory, total, Report("enumerated", evals=count), lambda: (params, weights))
@@ -335,7 +224,7 @@ def _conjugate(world: World, theory: Theory, index: int) -> Fit | None:
         total -= float(noises.log_gamma(y + 1).sum())
         after = Prior("gamma", (a, b))
     elif prior.family == "beta" and family in ("bernoulli", "binomial"):
-        trials = np.broadcast_to(_spread(theory, dict(world.data)), y.shape)
+        trials = np.broadcast_to(spread(theory, dict(world.data)), y.shape)
         after = Prior("beta", (prior.args[0] + y.sum(), prior.args[1] + (trials - y).sum()))
         log_beta = [math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b) for a, b in (after.args, prior.args)]
         choose = noises.log_gamma(trials + 1) - noises.log_gamma(y + 1) - noises.log_gamma(trials - y + 1)
@@ -349,16 +238,6 @@ def _conjugate(world: World, theory: Theory, index: int) -> Fit | None:
     )  # fmt: skip
 
 
-def _chunked(world: World, theory: Theory, params: dict[str, Array], count: int) -> Array:
-    """Log likelihood [P] of all rows, in pieces that fit in memory."""
-    step = max(CHUNK // max(len(world.y), 1), 1)
-    pieces = []
-    for start in range(0, count, step):
-        part = {name: each[start : start + step] for name, each in params.items()}
-        pieces.append(log_rows(world, theory, part)[: count - start].sum(1))
-    return np.concatenate(pieces)
-
-
 def _sampled(world: World, theory: Theory, index: int, effort: Effort) -> Fit:
     priors = list(theory.params.values())
 
@@ -370,7 +249,7 @@ def _sampled(world: World, theory: Theory, index: int, effort: Effort) -> Fit:
 
     def likelihood(points: Array) -> Array:
         params = params_of(points)
-        return _chunked(world, theory, params, len(points)) + log_claims(world, theory, params, len(points))
+        return log_likelihood(world, theory, params, len(points)) + log_claims(world, theory, params, len(points))
 
     replicates = []
     for replicate in (1, 2):
@@ -380,11 +259,11 @@ def _sampled(world: World, theory: Theory, index: int, effort: Effort) -> Fit:
     first, second = replicates
     evidences = np.array([first.log_evidence, second.log_evidence])
     gap = float(abs(evidences[0] - evidences[1])) if np.isfinite(evidences).all() else math.inf
-    report = Report(
-        "sampled", max(first.k_hat, second.k_hat), first.ess + second.ess, gap, first.evals + second.evals
-    )
+    report = Report("sampled", max(first.k_hat, second.k_hat), first.ess + second.ess, gap, first.evals + second.evals)
     total = float(np.logaddexp.reduce(evidences) - math.log(2))
-    log_weights = np.concatenate([each.log_weights + (each.log_evidence if math.isfinite(total) else 0) for each in replicates])
+    log_weights = np.concatenate(
+        [each.log_weights + (each.log_evidence if math.isfinite(total) else 0) for each in replicates]
+    )
     weights = np.exp(log_weights - np.logaddexp.reduce(log_weights))
     kept = weights > 0
     params = params_of(np.concatenate([each.points for each in replicates])[kept])
@@ -423,7 +302,9 @@ def weigh(fits: list[Fit]) -> Array:
     """
     heights = np.log([each.theory.prior for each in fits]) + np.array([each.log_evidence for each in fits])
     if not np.isfinite(heights.max()):
-        raise UserError("no theory gives this evidence any probability: look for a wrong value or a bound that excludes it")
+        raise UserError(
+            "no theory gives this evidence any probability: look for a wrong value or a bound that excludes it"
+        )
     weights = np.exp(heights - heights.max())
     return weights / weights.sum()
 
@@ -436,7 +317,9 @@ def infer(world: World, budget: Budget | None = None) -> Posterior:
     for effort in LADDER[1:]:
         probabilities = weigh(fits)
         # An evidence that is not trusted may be far off, so a margin of e^10 decides what could matter.
-        weak = [i for i, each in enumerate(fits) if not each.report.trusted and probabilities[i] > MATTERS * math.exp(-10)]
+        weak = [
+            i for i, each in enumerate(fits) if not each.report.trusted and probabilities[i] > MATTERS * math.exp(-10)
+        ]
         for index in weak:
             expected = 2 * (effort.draws * 3 + effort.particles * effort.moves * 30)
             if spent + expected <= budget.evals:

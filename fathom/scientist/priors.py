@@ -1,10 +1,10 @@
 """Priors of parameters: densities, draws, and the change of variable to the whole real line where samplers move.
 
-    normal(m, s)  student_t(nu, m, s)                             real
-    lognormal(m, s)  halfnormal(s)  gamma(a, rate)                positive
-    root_inverse_gamma(a, b): an s whose square is inverse-gamma  positive (the conjugate prior of a noise scale)
-    uniform(low, high)  beta(a, b)                                between their bounds
-    choice(v1, v2, ...): equal weights                            finite, enumerated
+normal(m, s)  student_t(nu, m, s)                             real
+lognormal(m, s)  halfnormal(s)  gamma(a, rate)                positive
+root_inverse_gamma(a, b): an s whose square is inverse-gamma  positive (the conjugate prior of a noise scale)
+uniform(low, high)  beta(a, b)                                between their bounds
+choice(v1, v2, ...): equal weights                            finite, enumerated
 """
 
 import math
@@ -45,7 +45,9 @@ class Prior:
             raise UserError(f"{self}: the lower bound must be below the upper one")
 
     def __str__(self) -> str:
-        return f"{self.family}({', '.join(f'{value:g}' for value in self.args)}{' of the noise' if self.relative else ''})"
+        return (
+            f"{self.family}({', '.join(f'{value:g}' for value in self.args)}{' of the noise' if self.relative else ''})"
+        )
 
     @property
     def support(self) -> str:

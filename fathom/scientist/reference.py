@@ -1,30 +1,26 @@
 """The theories that always stand beside the named ones, and drift: written in the expression language like any other.
 
-    T_null     one mean for all designs
-    T_other    level + slope + smooth bumps along every numeric design, each with its own deviations at every level
-    drift      a Brownian path along a logarithmic design, κ per root decade: how far a law may stray where nothing was seen
+T_null     one mean for all designs
+T_other    level + slope + smooth bumps along every numeric design, each with its own deviations at every level
+drift      a Brownian path along a logarithmic design, κ per root decade: how far a law may stray where nothing was seen
 """
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fathom.errors import UserError
-from fathom.scientist.expression import bits, parse
+from fathom.scientist.expression import Call, Name, bits, parse
 from fathom.scientist.noise import Noise
 from fathom.scientist.priors import Prior
+from fathom.scientist.world import Design, Theory
 
-if TYPE_CHECKING:
-    from fathom.scientist.world import Design, Theory
-
-BUMPS, BUMPS_OF_COUNTS, KNOTS, MAX_TERMS = 6, 3, 12, 120
+BUMPS, BUMPS_OF_COUNTS, KNOTS, MAX_TERMS, GENERATED_NODES = 6, 3, 12, 120, 50_000
 
 
 def _built(
     id: str, says: str, role: str, mean: str, params: dict[str, Prior], family: Noise, noise_scale: float
-) -> "Theory":
-    from fathom.scientist.world import GENERATED_NODES, Theory
-
+) -> Theory:
     noise = family
     if family.family == "poisson":
         mean = f"exp({mean})"
@@ -45,12 +41,12 @@ def _sizes(outcome: dict[str, Any], family: Noise) -> tuple[float, float, float]
     return float(outcome["center"]), float(outcome["spread"]), float(outcome["noise"])
 
 
-def null_theory(outcome: dict[str, Any], family: Noise) -> "Theory":
+def null_theory(outcome: dict[str, Any], family: Noise) -> Theory:
     center, spread, noise = _sizes(outcome, family)
     return _built("T_null", "No design matters.", "null", "m", {"m": Prior("normal", (center, spread))}, family, noise)
 
 
-def other_theory(designs: "dict[str, Design]", outcome: dict[str, Any], family: Noise) -> "Theory":
+def other_theory(designs: dict[str, Design], outcome: dict[str, Any], family: Noise) -> Theory:
     center, spread, noise = _sizes(outcome, family)
     params = {"m": Prior("normal", (center, spread))}
     terms = ["m"]
@@ -68,7 +64,9 @@ def other_theory(designs: "dict[str, Design]", outcome: dict[str, Any], family: 
         if design.levels:
             continue
         inner, low, high = (
-            (f"log({name})", math.log(design.low), math.log(design.high)) if design.log else (name, design.low, design.high)
+            (f"log({name})", math.log(design.low), math.log(design.high))
+            if design.log
+            else (name, design.low, design.high)
         )
         position = f"(({inner}-({low!r}))/({high - low!r}))"
         shapes.append(f"({position}-0.5)")
@@ -85,7 +83,7 @@ def other_theory(designs: "dict[str, Design]", outcome: dict[str, Any], family: 
     return _built("T_other", "Something else: any smooth dependence.", "other", "+".join(terms), params, family, noise)
 
 
-def with_drift(theory: "Theory", drift: dict[str, Any], designs: "dict[str, Design]") -> "Theory":
+def with_drift(theory: Theory, drift: dict[str, Any], designs: dict[str, Design]) -> Theory:
     """``theory`` plus a Brownian path along a design, started at its low end.
 
     Raises:
@@ -99,13 +97,13 @@ def with_drift(theory: "Theory", drift: dict[str, Any], designs: "dict[str, Desi
     if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf:
         raise UserError("drift needs `per_decade`: the standard deviation that one decade adds")
     if not theory.linear:
-        raise UserError("drift is for theories whose mean is affine in parameters with normal priors, with normal(s) noise")
+        raise UserError(
+            "drift is for theories whose mean is affine in parameters with normal priors, with normal(s) noise"
+        )
     low, high = math.log10(design.low), math.log10(design.high)
     width = (high - low) / KNOTS
     params = dict(theory.params)
     mean = theory.mean
-    from fathom.scientist.expression import Call, Name
-
     for knot in range(KNOTS):
         name = f"drift{knot}"
         params[name] = Prior("normal", (0.0, rate * math.sqrt(width)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fathom.scientist.diagnostics import effective_size, pareto_k
-from fathom.scientist.gaussian import resample
+from fathom.scientist.gaussian import resample, root
 
 Array = np.ndarray
 Target = Callable[[Array], Array]
@@ -69,7 +69,12 @@ def sample(prior: Target, likelihood: Target, start: Array, effort: Effort, rand
         return Sample(drawn, np.full(len(drawn), -math.log(len(drawn))), -math.inf, math.inf, 0.0, evals)
     total = float(np.logaddexp.reduce(log_weights))
     return Sample(
-        drawn, log_weights - total, total - math.log(len(drawn)), pareto_k(log_weights), effective_size(log_weights), evals
+        drawn,
+        log_weights - total,
+        total - math.log(len(drawn)),
+        pareto_k(log_weights),
+        effective_size(log_weights),
+        evals,
     )
 
 
@@ -98,10 +103,10 @@ def _temper(
         weights = np.exp(high * (fit - fit.max()))
         kept = resample(weights, count, random)
         points, before, fit = points[kept], before[kept], fit[kept]
-        root = _root(np.cov(points.T).reshape(dim, dim))
+        step = root(np.cov(points.T).reshape(dim, dim), 1e-9)
         accepted = 0.0
         for _ in range(moves):
-            proposed = points + size * random.standard_normal(points.shape) @ root.T
+            proposed = points + size * random.standard_normal(points.shape) @ step.T
             prior_there, fit_there = prior(proposed), np.nan_to_num(likelihood(proposed), nan=-np.inf, posinf=-np.inf)
             evals += count
             with np.errstate(invalid="ignore"):
@@ -112,14 +117,6 @@ def _temper(
             accepted += better.mean() / moves
         size *= math.exp(accepted - 0.25)
     return points, evals
-
-
-def _root(covariance: Array) -> Array:
-    """A matrix root of a covariance, of a slightly larger one if it has none."""
-    scale = np.sqrt(np.maximum(np.diag(covariance), 1e-24))
-    correlation = covariance / scale[:, None] / scale
-    values, vectors = np.linalg.eigh((correlation + correlation.T) / 2)
-    return scale[:, None] * (vectors * np.sqrt(np.maximum(values, 1e-9)))
 
 
 @dataclass(frozen=True)
@@ -140,9 +137,9 @@ class _Mixture:
         dim = points.shape[1]
         constant = math.lgamma((NU + dim) / 2) - math.lgamma(NU / 2) - dim / 2 * math.log(NU * math.pi)
         heights = []
-        for weight, center, root in zip(self.weights, self.centers, self.roots, strict=True):
-            z = np.linalg.solve(root, (points - center).T)
-            height = constant - (NU + dim) / 2 * np.log1p((z**2).sum(0) / NU) - np.linalg.slogdet(root)[1]
+        for weight, center, scale in zip(self.weights, self.centers, self.roots, strict=True):
+            z = np.linalg.solve(scale, (points - center).T)
+            height = constant - (NU + dim) / 2 * np.log1p((z**2).sum(0) / NU) - np.linalg.slogdet(scale)[1]
             heights.append(height + math.log(weight))
         return np.logaddexp.reduce(np.stack(heights))
 
@@ -161,7 +158,7 @@ def _fit(points: Array, weights: Array, components: int, random: np.random.Gener
         away = points[inside] - center
         shares.append(share)
         centers.append(center)
-        roots.append(_root(1.1 * (away * own[:, None]).T @ away))
+        roots.append(root(1.1 * (away * own[:, None]).T @ away, 1e-9))
     if not shares:
         return _fit(points, weights, 1, random)
     return _Mixture(np.array(shares) / sum(shares), np.array(centers), np.array(roots))

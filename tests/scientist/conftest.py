@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fathom.scientist.world import World, read
+from fathom.scientist.build import read
+from fathom.scientist.world import World
 
 Document = dict[str, Any]
 

@@ -25,18 +25,21 @@ def test_values(text: str, value: float) -> None:
 
 
 def test_arrays_broadcast() -> None:
-    value = evaluate(parse("a*x + is(arm, 'b')"), {"a": np.ones((3, 1)), "x": np.arange(2.0), "arm": np.array(["a", "b"])})
+    value = evaluate(
+        parse("a*x + is(arm, 'b')"), {"a": np.ones((3, 1)), "x": np.arange(2.0), "arm": np.array(["a", "b"])}
+    )
     np.testing.assert_array_equal(value, np.tile([0.0, 2.0], (3, 1)))
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "", "1 +", "(1", "1)", "1 2", "x.y", "x[0]", "().__class__", "__import__('os')", "a__b", "_x", "lambda: 1", "x = 1", "x if y else z",
-        "1e999", "9**65", "2**1000000", "1 < 2 < 3", "f(a=1, a=2)", "f(a=1, 2)", "log()", "log(1, 2)", "min(1)", "'a", '"a"', "х + 1",
-        "ⅼog(2)", "1\u00a0+ 2", "nan if 1", "x; y", "x\\y", "`x`", "{1}", "x:=1", "@x", "x%2", "x//2", "not", "or 1", "log", "log + 'a'",
-        "nan", "inf", "True", "print(1)", "eval('1')", "'a' < 'b'", "'a' + 'b'", "is('a', 1)",
-        "1" + "+1" * 500, "(" * 60 + "1" + ")" * 60, "-" * 60 + "1", "2**" * 60 + "1", "log(" * 60 + "1" + ")" * 60, "x" * 3000, "1+" * 1_000_000,
+        "", "1 +", "(1", "1)", "1 2", "x.y", "x[0]", "().__class__", "__import__('os')", "a__b", "_x", "lambda: 1", "x = 1",
+        "x if y else z", "1e999", "9**65", "2**1000000", "1 < 2 < 3", "f(a=1, a=2)", "f(a=1, 2)", "log()", "log(1, 2)", "min(1)",
+        "'a", '"a"', "х + 1", "ⅼog(2)", "1\u00a0+ 2", "nan if 1", "x; y", "x\\y", "`x`", "{1}", "x:=1", "@x", "x%2", "x//2",
+        "not", "or 1", "log", "log + 'a'", "nan", "inf", "True", "print(1)", "eval('1')", "'a' < 'b'", "'a' + 'b'", "is('a', 1)",
+        "1" + "+1" * 500, "(" * 60 + "1" + ")" * 60, "-" * 60 + "1", "2**" * 60 + "1", "log(" * 60 + "1" + ")" * 60, "x" * 3000,
+        "1+" * 1_000_000,
     ],
 )  # fmt: skip
 def test_anything_else_is_refused_in_one_line(text: str) -> None:
@@ -52,8 +55,14 @@ def test_a_mistake_names_its_column() -> None:
         parse("1 + )")
 
 
-@settings(max_examples=3000, deadline=None)
-@given(st.one_of(st.text(max_size=60), st.text(alphabet="x1.e()+-*/<>=,'_ abcdnot", max_size=60), st.binary(max_size=40).map(repr)))
+@settings(max_examples=1000, deadline=None)
+@given(
+    st.one_of(
+        st.text(max_size=60),
+        st.text(alphabet="x1.e()+-*/<>=,'_ abcdnot", max_size=60),
+        st.binary(max_size=40).map(repr),
+    )
+)
 def test_no_text_does_more_than_compute_or_fail(text: str) -> None:
     try:
         tree = parse(text)
@@ -80,7 +89,9 @@ def test_arithmetic_is_pythons(text: str) -> None:
     assert float(evaluate(parse(text), {"x": 3.0})) == pytest.approx(eval(text, {"x": 3.0}), rel=1e-12, abs=1e-9)
 
 
-@pytest.mark.parametrize("text", ["a*log(x) - b/x + 2", "-(a + b*x)*3 + x", "x*(a - 2*b) - a", "where(x > 1, 2, 3)*a + is(arm, 'b')*b"])
+@pytest.mark.parametrize(
+    "text", ["a*log(x) - b/x + 2", "-(a + b*x)*3 + x", "x*(a - 2*b) - a", "where(x > 1, 2, 3)*a + is(arm, 'b')*b"]
+)
 def test_affine_parts_give_the_tree_back(text: str) -> None:
     tree = parse(text)
     parts = affine(tree, {"a", "b"})

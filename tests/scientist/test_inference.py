@@ -9,7 +9,6 @@ import pytest
 
 from fathom.errors import UserError
 from fathom.scientist.diagnostics import effective_size, pareto_k
-from fathom.scientist.expression import parse
 from fathom.scientist.gaussian import Linear, resample, solve
 from fathom.scientist.posterior import Budget, Fit, fit, infer
 from fathom.scientist.priors import Prior, normal_cdf, student_t_cdf
@@ -18,8 +17,9 @@ from fathom.scientist.world import World
 
 Made = Callable[[Any], World]
 PRIORS = [
-    Prior("normal", (0.3, 2.0)), Prior("student_t", (4.0, 0.1, 0.7)), Prior("lognormal", (-1.0, 0.5)), Prior("halfnormal", (0.2,)),
-    Prior("gamma", (2.5, 3.0)), Prior("root_inverse_gamma", (2.0, 0.3)), Prior("uniform", (-1.0, 4.0)), Prior("beta", (2.0, 5.0)),
+    Prior("normal", (0.3, 2.0)), Prior("student_t", (4.0, 0.1, 0.7)), Prior("lognormal", (-1.0, 0.5)),
+    Prior("halfnormal", (0.2,)), Prior("gamma", (2.5, 3.0)), Prior("root_inverse_gamma", (2.0, 0.3)),
+    Prior("uniform", (-1.0, 4.0)), Prior("beta", (2.0, 5.0)),
 ]  # fmt: skip
 
 
@@ -104,7 +104,9 @@ def test_counts_have_their_closed_evidence_and_the_sampler_finds_it(made: Made) 
     a, b = 2.0, 1.0
     exact = a * math.log(b) - math.lgamma(a) + math.lgamma(a + 10) - (a + 10) * math.log(b + 4)
     exact -= sum(math.lgamma(row["k"] + 1) for row in rates)
-    assert fit(made(counts("poisson()", "gamma(2, 1)", rates)), 0, LADDER[0]).log_evidence == pytest.approx(exact, abs=1e-9)
+    assert fit(made(counts("poisson()", "gamma(2, 1)", rates)), 0, LADDER[0]).log_evidence == pytest.approx(
+        exact, abs=1e-9
+    )
     sampled = fit(made(counts("poisson()", "gamma(2, 1)", rates, mean="p*1")), 0, LADDER[0])
     assert sampled.log_evidence == pytest.approx(exact, abs=0.01)
 
@@ -163,7 +165,9 @@ def test_several_components_find_what_one_misses() -> None:
     def likelihood(points: np.ndarray) -> np.ndarray:
         return np.logaddexp(log_normal(points, -4, 0.05), log_normal(points, 4, 0.1))
 
-    exact = float(np.logaddexp(*(2 * -0.5 * (16 / (25 + d * d)) - math.log(2 * math.pi * (25 + d * d)) for d in (0.05, 0.1))))
+    exact = float(
+        np.logaddexp(*(2 * -0.5 * (16 / (25 + d * d)) - math.log(2 * math.pi * (25 + d * d)) for d in (0.05, 0.1)))
+    )
     start = random.normal(0, 5, (LADDER[-1].particles, 2))
     found = sample(lambda points: log_normal(points, 0, 5), likelihood, start, LADDER[-1], random)
     assert found.log_evidence == pytest.approx(exact, abs=0.05) and found.k_hat < 0.7
