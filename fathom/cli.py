@@ -66,6 +66,13 @@ COMMANDS = {
         "Train every run of a sweep (grid and seeds), several side by side, or continue one that was stopped.",
         "fathom sweep seeds --seeds 3 --out runs/seeds",
     ),
+    "export": Command(
+        "Write a run as a model folder of Transformers, bit for bit.", "fathom export runs/full models/full"
+    ),
+    "convert": Command(
+        "Put a pretrained decoder of Transformers on a stream: the same function until it is trained.",
+        "fathom convert models/smollm2 models/smollm2-block --num-blocks 8",
+    ),
     "lab scaling": Command(
         "Fit loss against compute and say what each rule is worth in compute, with intervals.",
         "fathom lab scaling paper",

@@ -118,7 +118,7 @@ class ConvertedConfig(PreTrainedConfig):
                 kwargs.setdefault(name, getattr(self.text_config, name, None))
         super().__post_init__(**kwargs)
 
-    def decoder(self) -> PreTrainedConfig:
+    def network_config(self) -> PreTrainedConfig:
         """The configuration of the decoder that was converted."""
         if not isinstance(self.text_config, PreTrainedConfig):
             raise UserError("text_config is missing: it is the configuration of the decoder that was converted")

@@ -143,7 +143,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ConvertedConfig, network: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        decoder = config.decoder()
+        decoder = config.network_config()
         stream = stream_for(decoder, residual_config(config.residual))
         given = network is not None
         if network is None:
@@ -204,7 +204,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
         last: list[Tensor] = []
         handle = None
         if wanted:
-            norm = getattr(self.network.base_model, architecture(self.config.decoder()).norm)
+            norm = getattr(self.network.base_model, architecture(self.config.network_config()).norm)
             handle = norm.register_forward_hook(lambda module, inputs, output: last.append(output))
         try:
             outputs = self.network(

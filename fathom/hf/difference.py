@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -43,6 +43,9 @@ class Difference(NamedTuple):
     def loss(self) -> float:
         return abs(self.converted - self.original)
 
+    def as_dict(self) -> dict[str, Any]:
+        return {**self._asdict(), "loss_difference": self.loss}
+
 
 def _loss_and_gradients(model: PreTrainedModel, tokens: Tensor, names: list[str]) -> tuple[float, dict[str, Tensor]]:
     parameters = dict(model.named_parameters())
@@ -52,30 +55,19 @@ def _loss_and_gradients(model: PreTrainedModel, tokens: Tensor, names: list[str]
     return float(loss.detach()), found
 
 
-def difference(original: PreTrainedModel, converted: PreTrainedModel, tokens: Tensor, dtype: torch.dtype) -> Difference:
-    """Compare the two on ``tokens`` [B, T] in ``dtype``; the models, which share their parameters, get their dtype back.
-
-    A parameter of 16 bits is exact in float64 and comes back as it was; one of float32 is rounded on its way through bf16, so
-    that float64 is compared first and bf16 on a copy.
-    """
-    before = converted.dtype
+def difference(original: PreTrainedModel, converted: PreTrainedModel, tokens: Tensor) -> Difference:
+    """Compare the two, which share their parameters, on ``tokens`` [B, T] in the dtype that they have."""
     names = [name for name, parameter in original.named_parameters() if parameter.requires_grad]
-    try:
-        for model in (original, converted):
-            nn.Module.to(model, dtype)
-        with keep_float64():
-            loss, expected = _loss_and_gradients(original, tokens, names)
-            prefix = f"{converted.base_model_prefix}."
-            got_loss, got = _loss_and_gradients(converted, tokens, [prefix + name for name in names])
-    finally:
-        for model in (original, converted):
-            nn.Module.to(model, before)
+    prefix = f"{converted.base_model_prefix}."
+    with keep_float64():
+        loss, expected = _loss_and_gradients(original, tokens, names)
+        got_loss, got = _loss_and_gradients(converted, tokens, [prefix + name for name in names])
     worst = 0.0
     for name, gradient in expected.items():
         largest = float(gradient.abs().max())
         if largest > 0:
             worst = max(worst, float((got[prefix + name] - gradient).abs().max()) / largest)
-    return Difference(str(dtype).removeprefix("torch."), loss, got_loss, worst)
+    return Difference(str(original.dtype).removeprefix("torch."), loss, got_loss, worst)
 
 
 def table(differences: list[Difference]) -> str:

@@ -34,7 +34,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         yield made
-        made.chmod(0o777 & ~_umask())
+        for path in (made, *made.iterdir()):  # mkdtemp and safetensors write for the owner alone
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         if out.exists():
             out.rmdir()
         made.rename(out)

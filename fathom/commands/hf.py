@@ -1,0 +1,78 @@
+"""`fathom export` and `fathom convert`: models for Transformers."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from fathom.commands.output import Function, Json, print_json
+from fathom.errors import UserError
+
+
+def export() -> Function:
+    def run(run: Positional[Path], out: Positional[Path], checkpoint: int | None = None) -> None:
+        """Write a run as a model folder of Transformers, with the same weights and its tokenizer.
+
+        Args:
+            run: The run folder.
+            out: The folder to make.
+            checkpoint: The step of the checkpoint; the newest if not given.
+        """
+        _offline()
+        from fathom.hf.export import export
+
+        folder = export(run, out, step=checkpoint)
+        print(folder)
+
+    return run
+
+
+def convert() -> Function:
+    def run(
+        checkpoint: Positional[Path],
+        out: Positional[Path],
+        residual: Literal["block", "full", "prenorm"] = "block",
+        num_blocks: int | None = None,
+        block_size: int | None = None,
+        text: Annotated[
+            Path | None, arg(help="A text file to measure on; the text inside the package if not given.")
+        ] = None,
+        tokens: int = 128,
+        as_json: Json = False,
+    ) -> None:
+        """Put a pretrained decoder's sublayers on a stream with zero queries: the same function, ready to be trained on.
+
+        What the conversion changes, loss and all gradients, is measured and printed before anything is written.
+
+        Args:
+            checkpoint: A model folder of Transformers.
+            out: The folder to make.
+            residual: The residual rule.
+            num_blocks: N, the number of blocks; 8 if neither this nor --block-size is given.
+            block_size: S, the sublayers of one block.
+            tokens: How many tokens of the text to measure on.
+        """
+        if tokens < 2:
+            raise UserError(f"--tokens is {tokens}: a loss needs at least 2")
+        _offline()
+        from fathom.hf.checkpoints import convert_checkpoint
+        from fathom.models.config import ResidualConfig
+
+        rule = ResidualConfig(rule=residual, num_blocks=num_blocks, block_size=block_size)
+        report = convert_checkpoint(
+            checkpoint, out, rule, text=text, num_tokens=tokens, tell=None if as_json else print
+        )
+        if as_json:
+            print_json({"out": str(out), "differences": [each.as_dict() for each in report]})
+        else:
+            print(out)
+
+    return run
+
+
+def _offline() -> None:
+    """Read and write folders only: a name that is no folder is a mistake and nothing to look for on a hub."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
