@@ -20,6 +20,11 @@ from fathom.stream import Norm, Stream, norm_parts
 from fathom.two_phase import merge
 
 
+def default_chunk(num_sublayers: int) -> int:
+    """Reads per two-phase chunk: about √L."""
+    return max(1, round(math.sqrt(num_sublayers)))
+
+
 class FullState(NamedTuple):
     sources: tuple[Tensor, ...]
     """The embedding and every output so far, each [..., D]."""
@@ -51,7 +56,7 @@ class FullAttnRes(Stream):
         if chunk is not None and not 1 <= chunk <= num_sublayers:
             raise UserError(f"chunk is {chunk}: it must be between 1 and num_sublayers, {num_sublayers}")
         self.eps = eps
-        self.chunk = chunk or max(1, round(math.sqrt(num_sublayers)))
+        self.chunk = chunk or default_chunk(num_sublayers)
         self.query = nn.Parameter(torch.zeros(num_sublayers + 1, dim))
         self.key_gain = nn.Parameter(torch.ones(num_sublayers + 1, dim)) if gain else None
 

@@ -1,10 +1,13 @@
 """`fathom residuals` and `bench`: what a residual rule costs, counted and timed."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from fathom.commands.output import Function, Json, columns, enough_memory, print_json
+
+if TYPE_CHECKING:
+    from fathom.bench import BenchOptions
 
 
 def residuals() -> Function:
@@ -56,11 +59,25 @@ def bench() -> Function:
     from fathom.bench import BenchOptions
     from fathom.bench import bench as run_bench
 
-    def run(options: Annotated[BenchOptions, arg(name="")], as_json: Json = False) -> None:
+    def run(
+        options: Annotated[BenchOptions, arg(name="")],
+        memory: Annotated[bool, FlagCreatePairsOff] = False,
+        ranks: int = 1,
+        chunk: int | None = None,
+        as_json: Json = False,
+    ) -> None:
         """Time the training step of every residual rule against PreNorm, in turns, once they agree at zero queries.
 
         Every number is of one optimizer step; low and high are the fastest and the slowest round.
+
+        Args:
+            memory: Instead, say what serving --model takes in memory: --batch sequences of --model.context tokens.
+            ranks: With --memory: over how many ranks the model is served.
+            chunk: With --memory: tokens of a prompt taken in at a time; the whole prompt if not given.
         """
+        if memory:
+            _memory(options, ranks, chunk, as_json)
+            return
         with enough_memory("give a smaller --batch, --model.dim or --model.context"):
             result = run_bench(options)
         if as_json:
@@ -82,3 +99,39 @@ def bench() -> Function:
         print(columns(table))
 
     return run
+
+
+def _memory(options: "BenchOptions", ranks: int, chunk: int | None, as_json: bool) -> None:
+    import torch
+
+    from fathom.errors import UserError
+    from fathom.inference import memory
+    from fathom.inference.engine import Engine
+    from fathom.models.transformer import Transformer
+    from fathom.train.environment import pick_device
+
+    for name, value in (("ranks", ranks), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+    device, model = pick_device(options.device), options.model
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    slots, capacity = options.batch, model.context
+    predicted = memory.predict(
+        model, slots=slots, capacity=capacity, chunk=chunk, dtype=dtype, ranks=ranks, device=device
+    )
+    memory.check(predicted, memory.available(device))
+    measured: memory.Bytes = {}
+    if ranks == 1:
+        with enough_memory("give a smaller --batch, --chunk or --model.context"):
+            net = Transformer(model, end_of_text=0).to(device)
+            measured = memory.measure(Engine(net, slots=slots, chunk=chunk, dtype=dtype))
+    if as_json:
+        print_json({"predicted": predicted, "measured": measured or None})
+        return
+    pieces = "whole prompts" if chunk is None else f"chunks of {chunk:,} tokens"
+    print(f"{model.residual.rule}, {slots:,} x {capacity:,} tokens, {pieces}, rank 0 of {ranks}, {options.precision}\n")
+    table = [["", "predicted bytes", "measured bytes", "predicted"]]
+    for name, count in (*predicted.items(), ("total", sum(predicted.values()))):
+        found = f"{measured.get(name, sum(measured.values())):,}" if measured else "-"
+        table.append([name.replace("_", " "), f"{count:,}", found, memory.size(count)])
+    print(columns(table))

@@ -5,6 +5,7 @@ stand, and how far back they may look. Rows of a batch may differ in length: wha
 and overwritten when its turn comes.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from fathom.inference.memory import available, check
 from fathom.models.config import ModelConfig
 
 
@@ -25,6 +27,9 @@ class KVCache:
         slots: sequences at a time.
         capacity: tokens of each.
         kv_heads: heads kept here; all of the model's if not given.
+
+    Raises:
+        UserError: more than there is memory for.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class KVCache:
     ) -> None:
         kv_heads = config.kv_heads if kv_heads is None else kv_heads
         shape = (config.num_layers, slots, capacity, kv_heads, config.head_width)
+        check({"kv_cache": 2 * math.prod(shape) * dtype.itemsize}, available(device))
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.documents = torch.zeros(slots, capacity, dtype=torch.int32, device=device)
@@ -107,6 +113,8 @@ class Window:
         key: Float[Tensor, "B K T W"],
         value: Float[Tensor, "B K T W"],
     ) -> Float[Tensor, "B H T W"]:
+        if not key.shape[1]:  # a rank that got no heads
+            return query
         keys, values = self.cache.keys[layer, self.rows], self.cache.values[layer, self.rows]
         self._place(keys, key.transpose(1, 2).to(keys.dtype))
         self._place(values, value.transpose(1, 2).to(values.dtype))

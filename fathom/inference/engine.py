@@ -24,6 +24,7 @@ from fathom.inference.cache import KVCache, Window
 from fathom.inference.graphs import DecodeGraphs
 from fathom.inference.load import check_tokenizer, load_run
 from fathom.inference.prenorm import FusedPreNorm
+from fathom.inference.sharded import Shards, shard
 from fathom.models.layers import Attention, Context, RMSNorm
 from fathom.models.transformer import Observe, Transformer
 from fathom.stream import PreNorm
@@ -42,6 +43,7 @@ class Engine:
         dtype: of weights, activations and cache; the model's own if not given. What the residual rule itself computes with
             (queries, gains) is never rounded to less than float32.
         cuda_graphs: decode by CUDA graphs, one for each power of two of rows; on a GPU only.
+        shards: the ranks that serve together, each with its part of ``model`` (see ``sharded.py``).
 
     Raises:
         UserError: a setting out of range, or a tokenizer that is not the model's.
@@ -57,6 +59,7 @@ class Engine:
         chunk: int | None = None,
         dtype: torch.dtype | None = None,
         cuda_graphs: bool = False,
+        shards: Shards | None = None,
     ) -> None:
         config = model.config
         capacity = config.context if capacity is None else capacity
@@ -73,6 +76,9 @@ class Engine:
         self.device = model.embedding.weight.device
         self.dtype = model.embedding.weight.dtype if dtype is None else dtype
         prepare(model, self.dtype)
+        self.shards = shards
+        if shards is not None:
+            shard(model, shards)
         attention = next(module for module in model.modules() if isinstance(module, Attention))
         self.cache = KVCache(config, slots, capacity, dtype=self.dtype, device=self.device, kv_heads=attention.kv_heads)
         self.lengths = [0] * slots
@@ -185,7 +191,8 @@ class Engine:
         else:
             cos, sin = model.cos[window.positions].unsqueeze(1), model.sin[window.positions].unsqueeze(1)
         with self._autocast():
-            return model.hidden(tokens, observe, Context(cos, sin, None, window))
+            hidden = model.hidden(tokens, observe, Context(cos, sin, None, window))
+            return hidden if self.shards is None else self.shards.gather(hidden)
 
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
