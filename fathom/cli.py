@@ -95,6 +95,33 @@ COMMANDS = {
         "Read a run as one matrix over depth, with its ranks; or print the paper's Table 5.",
         "fathom lab mixing runs/full",
     ),
+    "ask prob": Command(
+        "The probability of an event, relative to the theories and evidence of a world.",
+        'fathom ask prob paper-table2 "multiplier(C=5.6) > 1.1"',
+    ),
+    "ask interval": Command(
+        "A quantity with its interval, over all theories and by theory.",
+        'fathom ask interval paper-table2 "multiplier(C=5.6)"',
+    ),
+    "ask theories": Command("How probable each theory of a world is.", "fathom ask theories paper-table2"),
+    "ask predict": Command("The outcome of one more run.", "fathom ask predict paper-table2 C=8 arch=block"),
+    "ask next": Command(
+        "Which of your candidate runs would teach most per cost.", "fathom ask next paper-table2 candidates.csv"
+    ),
+    "ask guard": Command(
+        "Whether to admit a run, by bounds on the probability of harm.",
+        'fathom ask guard paper-table2 C=8 arch=block --harm "log_loss > 0.6" --threshold 0.05 --delta 0.1',
+    ),
+    "ask why": Command(
+        "Which rows of evidence moved an answer.", 'fathom ask why paper-table2 "multiplier(C=5.6) > 1.1"'
+    ),
+    "ask score": Command(
+        "How well a world predicts outcomes that it has not seen.", "fathom ask score paper-table2 heldout.csv"
+    ),
+    "world lint": Command("Say what is wrong with a world file, by line.", "fathom world lint world.yaml"),
+    "world freeze": Command(
+        "Write a world with its evidence as one snapshot, named by its hash.", "fathom world freeze paper-table2 worlds"
+    ),
 }
 
 

@@ -6,7 +6,7 @@ people or, with `--json`, as one JSON value; all else goes to standard error.
 
 from collections.abc import Callable
 
-from fathom.commands import data, hf, lab, measure, mixing, runs, sample, sweep
+from fathom.commands import ask, data, hf, lab, measure, mixing, runs, sample, sweep
 from fathom.commands.output import Function
 
 COMMANDS: dict[str, Callable[[], Function]] = {
@@ -29,5 +29,15 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "lab dynamics": lab.dynamics,
     "lab pruning": lab.pruning,
     "lab mixing": mixing.mixing,
+    "ask prob": ask.prob,
+    "ask interval": ask.interval,
+    "ask theories": ask.theories,
+    "ask predict": ask.predict,
+    "ask next": ask.next_run,
+    "ask guard": ask.guard,
+    "ask why": ask.why,
+    "ask score": ask.score,
+    "world lint": ask.lint,
+    "world freeze": ask.freeze,
 }
 """Makes the function of each command of `fathom.cli.COMMANDS`; `train` with a recipe is `runs.train`."""

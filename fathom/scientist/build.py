@@ -145,15 +145,9 @@ def build(document: dict[str, Any], issues: Issues) -> World | None:
     family = theories[0].noise
     if not any(theory.role == "null" for theory in theories):
         theories.append(null_theory(outcome, family))
-    given_priors = [theory.prior for theory in theories if theory.prior > 0]
-    if given_priors and len(given_priors) < sum(theory.role == "named" for theory in theories):
-        issues.add(("theories",), "give every theory a prior, or none")
+    weights = _weights(theories, [item for item in top["theories"] if isinstance(item, dict)], issues)
+    if issues.found:
         return None
-    least = min(theory.bits for theory in theories)
-    if given_priors:  # a generated T_null then weighs as much as the least of the named
-        weights = [theory.prior if theory.prior > 0 else min(given_priors) for theory in theories]
-    else:
-        weights = [2.0 ** (least - theory.bits) for theory in theories]
     whole = [
         replace(theory, prior=(1 - weight) * each / sum(weights))
         for theory, each in zip(theories, weights, strict=True)
@@ -163,6 +157,24 @@ def build(document: dict[str, Any], issues: Issues) -> World | None:
     return World(
         frozen, digest(frozen), name, designs, tuple(whole), shared, columns, y, extra, tuple(sources), tuple(claims)
     )
+
+
+def _weights(theories: list[Theory], given: list[dict[str, Any]], issues: Issues) -> list[float]:
+    """Each theory's weight before the evidence: as given, or 2^-bits where bits are given, or equal.
+
+    A generated null theory weighs as much as the named ones do on average, or by its bits.
+    """
+    for key in ("prior", "bits"):
+        number = sum(key in item for item in given)
+        if 0 < number < len(given):
+            issues.add(("theories",), f"give every theory `{key}`, or none")
+        elif number:
+            if key == "prior":
+                weights = [theory.prior for theory in theories if theory.prior > 0]
+                return weights + [sum(weights) / len(weights)] * (len(theories) - len(weights))
+            least = min(theory.bits for theory in theories)
+            return [2.0 ** (least - theory.bits) for theory in theories]
+    return [1.0] * len(theories)
 
 
 def _named(name: Any) -> str:

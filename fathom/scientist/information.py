@@ -51,15 +51,20 @@ def entropy(probabilities: Array) -> float:
     return float(-(p * np.log(p)).sum())
 
 
+def count_limit(mixtures: list[tuple[Noise, Array, Array]]) -> int:
+    """A count that mixtures of noise, means and scales hardly exceed; 20,000 at most."""
+    tops = [
+        float((means + 10 * np.sqrt(means) + 20).max()) if noise.family == "poisson" else float(np.max(scales))
+        for noise, means, scales in mixtures
+    ]
+    return math.floor(min(max(tops), 20_000))
+
+
 def grid(groups: list[Group]) -> tuple[Array, Array]:
     """Points of the outcome and their integration weights, dense where any group has its mass."""
     first = groups[0].noise
     if first.discrete:
-        if first.family == "poisson":
-            top = max(float((g.means + 10 * np.sqrt(g.means) + 20).max()) for g in groups)
-        else:
-            top = max(float(np.max(g.scales)) for g in groups)
-        points = np.arange(math.floor(min(top, 20_000)) + 1.0)
+        points = np.arange(count_limit([(g.noise, g.means, g.scales) for g in groups]) + 1.0)
         return points, np.ones_like(points)
     reach = 60.0 if any(g.noise.family == "student_t" for g in groups) else 8.5
     count = 161 if reach > 10 else 91

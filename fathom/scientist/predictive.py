@@ -8,6 +8,7 @@ import numpy as np
 from fathom.errors import UserError
 from fathom.scientist import noise as noises
 from fathom.scientist.evaluation import degrees
+from fathom.scientist.information import count_limit
 from fathom.scientist.posterior import Fit, Posterior
 
 Array = np.ndarray
@@ -47,9 +48,15 @@ def below(posterior: Posterior, mixture: list[Components], y: float) -> float:
 
 
 def outcome_quantiles(posterior: Posterior, mixture: list[Components], levels: list[float]) -> list[float]:
-    """By bisection on the distribution function; a count is the least whose probability reaches the level."""
+    """By bisection on the distribution function; of a count, the least value whose probability reaches the level."""
     reach = [(fit, c) for fit, p, c in zip(posterior.fits, posterior.probabilities, mixture, strict=True) if p > 1e-9]
-    discrete = reach[0][0].theory.noise.discrete
+    if reach[0][0].theory.noise.discrete:
+        counts = np.arange(count_limit([(fit.theory.noise, m, s) for fit, (_, m, s) in reach]) + 1.0)
+        mass = np.zeros(len(counts))
+        for fit, p, (weights, means, scales) in zip(posterior.fits, posterior.probabilities, mixture, strict=True):
+            if p > 1e-9:
+                mass += float(p) * (np.exp(noises.log_density(fit.theory.noise, counts[:, None], means, scales)) @ weights)
+        return [float(x) for x in np.minimum(np.searchsorted(np.cumsum(mass), levels), len(counts) - 1)]
     ends: list[float] = []
     for fit, (_, means, scales) in reach:
         centers, variances = moments(fit, means, scales)
@@ -57,11 +64,9 @@ def outcome_quantiles(posterior: Posterior, mixture: list[Components], levels: l
         ends += [float((centers - 40 * wide).min()), float((centers + 40 * wide).max())]
     result = []
     for level in levels:
-        low, high = (-1.0, math.ceil(max(ends)) + 1.0) if discrete else (min(ends), max(ends))
+        low, high = min(ends), max(ends)
         for _ in range(60):
-            if discrete and high - low <= 1:
-                break
-            middle = float(math.floor((low + high) / 2)) if discrete else (low + high) / 2
+            middle = (low + high) / 2
             low, high = (middle, high) if below(posterior, mixture, middle) < level else (low, middle)
         result.append(high)
     return result

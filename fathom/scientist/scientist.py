@@ -105,7 +105,7 @@ class Scientist:
 
         def ask() -> Values:
             posterior, p = self.posterior, self.posterior.probabilities
-            mixture = [(w, m[0], s[0]) for w, m, s in (fit.components([at]) for fit in posterior.fits)]
+            mixture = [(w, m[0], s[0]) for w, m, s in (fit.components([at], 1000) for fit in posterior.fits)]
             low, middle, high = outcome_quantiles(posterior, mixture, [(1 - level) / 2, 0.5, (1 + level) / 2])
             means, variances = [], []
             for fit, (weights, m, s) in zip(posterior.fits, mixture, strict=True):
