@@ -1,0 +1,241 @@
+"""Cross-stage caching on the schedules of ``torch.distributed.pipelining`` (arXiv 2603.15031, section 4.1).
+
+A ``PipelineStage`` has its own number of tensors in and out, which is all that a hop of varying size needs. What a rank has
+seen stays in its ``SourceCache``, one entry a micro-batch, of which ``torch.distributed`` knows nothing: a later stage of the
+rank reads a source as a *leaf*, the same memory without history, and autograd adds up the gradients of all such readers in the
+leaf's ``grad``. When the backward pass comes to the stage that the source entered the rank by, ``_Gather`` adds that sum to the
+gradient there, and one tensor goes back over the hop. Source and leaf go when the micro-batch has ended.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import ScheduleLoopedBFS
+
+from fathom.errors import UserError
+from fathom.models.transformer import Transformer
+from fathom.parallel.plan import Plan, make_plan
+from fathom.parallel.stages import Sources, Stage
+
+ScheduleName = Literal["1f1b", "gpipe", "looped_bfs"]
+"""``1f1b`` is interleaved where a rank has several stages; ``gpipe`` has one a rank."""
+
+SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
+
+
+class _Gather(torch.autograd.Function):
+    """The identity; backward adds the gradient that later stages of the rank have left on ``entry``'s leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, entry: "_Entry") -> Tensor:
+        ctx.entry = entry
+        return source.view_as(source)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        late = ctx.entry.leaf.grad
+        assert late is not None, "a cached source's gradient is due before its readers' backward pass has run"
+        ctx.entry.leaf.grad = None
+        return gradients[0] + late, None
+
+
+class _Entry:
+    def __init__(self, source: Tensor) -> None:
+        self.leaf = source.detach().requires_grad_(source.requires_grad)
+
+
+class SourceCache:
+    """The sources that a rank has seen, by micro-batch, oldest first."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.micro_batch = -1
+        """The one whose forward pass runs."""
+        self._entries: dict[int, list[_Entry]] = defaultdict(list)
+
+    def bank(self, stage: int, new: Sources) -> Sources:
+        """The whole bank of ``stage``, which was sent ``new``; those are kept for the rank's later stages."""
+        held = tuple(entry.leaf for entry in self._entries[self.micro_batch][: self.plan.held(stage)])
+        return (*held, *self.keep(stage, new))
+
+    def keep(self, stage: int, sources: Sources) -> Sources:
+        """``sources``, the next ones in order, kept if a later stage of the rank reads them."""
+        return tuple(self._keep(source) for source in sources) if self.plan.keeps(stage) else sources
+
+    def _keep(self, source: Tensor) -> Tensor:
+        entry = _Entry(source)
+        self._entries[self.micro_batch].append(entry)
+        return _Gather.apply(source, entry)
+
+    def release(self, micro_batch: int) -> None:
+        self._entries.pop(micro_batch, None)
+
+    def nbytes(self) -> int:
+        """Bytes of all that is held now, shared memory counted once."""
+        leaves = [entry.leaf.untyped_storage() for entries in self._entries.values() for entry in entries]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in leaves}.values())
+
+
+class CachedStage(PipelineStage):
+    """A ``PipelineStage`` that tells the cache which micro-batch runs, counts what it sends, and frees what it received.
+
+    ``torch`` allocates the receive buffers of all micro-batches at once and keeps them; here a buffer lives from its receive to
+    the end of the backward pass that reads it.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        cache: SourceCache,
+        like: Tensor,
+        group: dist.ProcessGroup | None,
+        traffic: dict[tuple[int, str], int],
+    ) -> None:
+        plan = stage.plan
+        tokens = torch.empty(like.shape[:2], dtype=torch.int64, device="meta")
+        inputs = tuple(like for _ in range(plan.tensors(stage.index)))
+        outputs: tuple[Tensor, ...]
+        if stage.is_last:
+            outputs = (torch.empty(*like.shape[:2], stage.config.vocab_size, dtype=like.dtype, device="meta"),)
+        else:
+            outputs = tuple(like for _ in range(plan.tensors(stage.index + 1)))
+        super().__init__(
+            stage, stage.index, plan.num_stages, stage.cos.device,
+            input_args=() if stage.is_first else inputs, output_args=outputs, group=group,
+        )  # fmt: skip
+        self.stage, self.cache, self.traffic, self.like, self.tokens = stage, cache, traffic, like, tokens
+
+    def _buffers(self, infos: Sequence[Any]) -> None:
+        for info in infos:
+            info.buffer = torch.empty(self.like.shape, dtype=self.like.dtype, device=self.device)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._buffers(() if self.is_first else self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        self._buffers(() if self.is_last or not self.has_backward else self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._count(self.stage_index + 1, "forward", super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._count(self.stage_index, "backward", super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _count(self, hop: int, way: str, ops: list[dist.P2POp]) -> list[dist.P2POp]:
+        if ops:
+            self.traffic[hop, way] += sum(op.tensor.nbytes for op in ops)
+        return ops
+
+    def forward_one_chunk(
+        self,
+        fwd_chunk_id: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        save_forward_output: bool = True,
+    ) -> Any:
+        self.cache.micro_batch = fwd_chunk_id
+        output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+        if not self.has_backward:
+            self._free(fwd_chunk_id, ended=self.stage_index + self.group_size >= self.num_stages)
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._free(bwd_chunk_id, ended=self.stage_index < self.group_size)
+
+    def _free(self, micro_batch: int, *, ended: bool) -> None:
+        for info in (*self.args_recv_info[micro_batch], *self.grad_recv_info.get(micro_batch, ())):
+            info.buffer = None
+        if ended:
+            self.cache.release(micro_batch)
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """As ``Transformer.loss``: mean cross-entropy in nats, in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class Pipeline:
+    """This rank's stages of ``model`` and a schedule that runs them; every rank of ``group`` makes one, of the same arguments.
+
+    Args:
+        model: the whole network, the same on every rank; the stages take their modules out of it.
+        num_virtual: V, stages a rank.
+        num_micro_batches: pieces of a batch; P or more keep all ranks busy.
+        micro_batch, length: B and T of one piece.
+        cache: cross-stage caching; without it every hop carries the whole bank.
+        schedule: see ``ScheduleName``. One that splits the backward pass is refused.
+        firsts: the first site of each stage, instead of cuts by cost.
+        dtype: of the stream in the hops; the parameters' if not given (bf16 under autocast).
+        group: of the P ranks; all ranks if not given.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        num_virtual: int,
+        num_micro_batches: int,
+        micro_batch: int,
+        length: int,
+        cache: bool = True,
+        schedule: str = "1f1b",
+        firsts: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        check_schedule(schedule, num_virtual)
+        self.group = group
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.plan = make_plan(model.config, self.num_ranks, num_virtual, cache=cache, firsts=firsts)
+        self.cache = SourceCache(self.plan)
+        self.traffic: dict[tuple[int, str], int] = defaultdict(int)
+        """Bytes that this rank has sent, by the stage a hop leads into and by way."""
+        self.stages = [
+            Stage(model, self.plan, index) for index in range(self.rank, self.plan.num_stages, self.num_ranks)
+        ]
+        shape = (micro_batch, length, model.config.dim)
+        like = torch.empty(shape, dtype=dtype or model.head.weight.dtype, device="meta", requires_grad=True)
+        for stage in self.stages:
+            stage.bank, stage.keep = self.cache.bank, self.cache.keep
+        parts = [CachedStage(stage, self.cache, like, group, self.traffic) for stage in self.stages]
+        kinds = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B if num_virtual == 1 else ScheduleInterleaved1F1B,
+                 "looped_bfs": ScheduleLoopedBFS}  # fmt: skip
+        kind: Any = kinds[schedule]
+        single = kind in (ScheduleGPipe, Schedule1F1B)
+        self.schedule = kind(parts[0] if single else parts, num_micro_batches, loss_fn=next_token_loss)
+
+    def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward of a batch [B, T] on all ranks, which all give it; returns the mean loss on every rank.
+
+        Gradients are those of the mean over the batch, added to what parameters hold.
+        """
+        losses: list[Tensor] = []
+        self.schedule.step(tokens=tokens, target=targets, losses=losses, return_outputs=False)
+        last = self.num_ranks - 1
+        loss = torch.stack(losses).mean().detach() if self.rank == last else torch.zeros((), device=tokens.device)
+        loss = loss.to(torch.promote_types(self.stages[0].cos.dtype, torch.float64))
+        dist.broadcast(loss, group=self.group, group_src=last)
+        return loss
+
+
+def check_schedule(schedule: str, num_virtual: int) -> None:
+    """``UserError`` with the reason if sources cannot be cached under ``schedule``, or V does not fit it."""
+    if schedule in SPLIT_BACKWARD:
+        raise UserError(
+            f"schedule {schedule} cannot be cached: it puts off the weights' half of a backward pass, and its first half asks "
+            "for gradients of a stage's own inputs only, so those of cached sources would be lost; use 1f1b or looped_bfs"
+        )
+    if schedule not in get_args(ScheduleName):
+        raise UserError(f"schedule is {schedule!r}: it must be one of {', '.join(get_args(ScheduleName))}")
+    if schedule == "gpipe" and num_virtual > 1:
+        raise UserError(f"schedule gpipe runs one stage a rank, but virtual is {num_virtual}; use 1f1b or looped_bfs")

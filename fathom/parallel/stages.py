@@ -1,0 +1,145 @@
+"""A stage of a pipeline: the sublayers of a range of sites, cut out of a ``Transformer`` without changing it.
+
+A stage keeps the names of the whole model's parameters; of the stream's it holds the rows of its own sites. Where a block
+straddles stages, each computes phase 1 for its own sites of the block, and the next one is handed the partial sum, the
+latest output added. Carrying phase 1 instead would make the hop longer by a tensor (and a log-denominator) for each of
+those reads; computing it where it is read costs one more sweep over sources that the rank needs anyway.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fathom.block import BlockAttnRes, BlockState
+from fathom.depth_attention import fold_gain
+from fathom.errors import UserError
+from fathom.full import FullAttnRes
+from fathom.kernels import inter_block
+from fathom.models.layers import Context, RMSNorm, document_mask
+from fathom.models.transformer import Transformer
+from fathom.parallel.plan import Plan
+from fathom.stream import PreNorm, PreNormState, Stream
+
+Sources = tuple[Tensor, ...]
+
+
+class StageBlocks(BlockAttnRes):
+    """Block AttnRes of the sites of one stage, counted from the stage's first; ``starts[0]`` is negative inside a block.
+
+    The stage's last write ends its piece of a block: a sum that the block goes on from is then the last of the bank.
+    """
+
+    def __init__(
+        self, whole: BlockAttnRes | FullAttnRes, starts: tuple[int, ...], sites: range, *, is_last: bool
+    ) -> None:
+        super().__init__(
+            len(sites), whole.dim, block_size=1, gain=whole.key_gain is not None, eps=whole.eps,
+            schedule=whole.schedule if isinstance(whole, BlockAttnRes) else "single_pass",
+            recompute=isinstance(whole, BlockAttnRes) and whole.recompute,
+        )  # fmt: skip
+        begun = [start - sites.start for start in starts if start < sites.stop]
+        self.starts = [max(start for start in begun if start <= 0), *(start for start in begun if start > 0)]
+        self.block_of_site = [sum(start <= site for start in self.starts) - 1 for site in range(len(sites))]
+        rows = slice(sites.start, sites.stop + is_last)
+        self.query = nn.Parameter(whole.query.detach()[rows].clone())
+        if whole.key_gain is not None:
+            self.key_gain = nn.Parameter(whole.key_gain.detach()[rows].clone())
+
+    def enter(self, bank: Sources, partial: Tensor | None) -> BlockState:
+        """The state at the stage's first site."""
+        if partial is None or self.schedule == "single_pass":
+            return BlockState(bank, partial, None, (), (), ())
+        end = self._ranges()[0][1]
+        queries = fold_gain(self.query[:end], None if self.key_gain is None else self.key_gain[:end])
+        outs, lses = inter_block(bank, queries, eps=self.eps)
+        return BlockState(bank, None, partial, tuple(outs), tuple(lses), queries.unbind(0))
+
+
+def _stage_stream(stream: nn.Module, plan: Plan, stage: int) -> PreNorm | StageBlocks:
+    # Exact types: an ablation of AttnRes is a subclass whose state is another.
+    if type(stream) is PreNorm:
+        return PreNorm(len(plan.sites(stage)), stream.dim)
+    if type(stream) in (BlockAttnRes, FullAttnRes):
+        whole = cast(BlockAttnRes | FullAttnRes, stream)
+        return StageBlocks(whole, plan.starts, plan.sites(stage), is_last=stage == plan.num_stages - 1)
+    raise UserError(
+        f"{type(stream).__name__} has no pipeline: PreNorm, Full and Block AttnRes without switches have one"
+    )
+
+
+class Stage(nn.Module):
+    """Stage ``index`` of ``plan``; shares the modules of ``model``, whose residual parameters are copied row by row.
+
+    Called with the tensors of the hop into it, sources before the partial sum, and the tokens; returns those of the hop out
+    of it, or the logits. A pipeline sets ``bank``, which makes the whole bank of what was received, and ``keep``, which is
+    given the sources that the stage has finished.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, model: Transformer, plan: Plan, index: int) -> None:
+        super().__init__()
+        if model.config.tie_embeddings:
+            raise UserError(
+                "model.tie_embeddings puts one matrix on the first and the last stage: untie it for a pipeline"
+            )
+        self.plan, self.index, self.config, self.end_of_text = plan, index, model.config, model.end_of_text
+        self.is_first, self.is_last = index == 0, index == plan.num_stages - 1
+        if self.is_first:
+            self.embedding = model.embedding
+        self.sublayers = nn.ModuleDict({str(site): model.sublayers[site] for site in plan.sites(index)})
+        self.stream = _stage_stream(model.stream, plan, index)
+        if self.is_last:
+            self.final_norm, self.head = model.final_norm, model.head
+        self.register_buffer("cos", model.cos, persistent=False)
+        self.register_buffer("sin", model.sin, persistent=False)
+        self.bank: Callable[[int, Sources], Sources] = lambda stage, new: new
+        self.keep: Callable[[int, Sources], Sources] = lambda stage, made: made
+
+    def rows(self) -> slice:
+        """The rows of the whole model's ``stream.query`` and ``stream.key_gain`` that this stage holds."""
+        sites = self.plan.sites(self.index)
+        return slice(sites.start, sites.stop + self.is_last)
+
+    def _context(self, tokens: Tensor) -> Context:
+        length = tokens.shape[-1]
+        mask = None
+        if self.config.document_mask:
+            assert self.end_of_text is not None
+            mask = document_mask(tokens, self.end_of_text)
+        return Context(self.cos[:length], self.sin[:length], mask)
+
+    def _enter(self, received: Sources, tokens: Tensor) -> Any:
+        if self.is_first:
+            embedding = self.embedding(tokens)
+            if torch.is_autocast_enabled(embedding.device.type):
+                embedding = embedding.to(torch.get_autocast_dtype(embedding.device.type))
+            return self.stream.start(embedding)
+        if isinstance(self.stream, PreNorm):
+            return PreNormState(received[0])
+        inside = self.plan.inside(self.index)
+        bank = self.bank(self.index, received[:-1] if inside else received)
+        return self.stream.enter(bank, received[-1] if inside else None)
+
+    def _leave(self, state: Any) -> Sources:
+        if isinstance(self.stream, PreNorm):
+            return (state.hidden,)
+        after = self.index + 1
+        made = range(self.plan.finished(self.index), self.plan.finished(after))
+        bank = (*state.bank[: made.start], *self.keep(self.index, state.bank[made.start : made.stop]))
+        partial = state.bank[made.stop :] if self.plan.inside(after) else ()
+        return (*(bank[n] for n in self.plan.carried(after)), *partial)
+
+    def forward(
+        self, *received: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]
+    ) -> Float[Tensor, "B T V"] | tuple[Float[Tensor, "B T D"], ...]:
+        context, state = self._context(tokens), self._enter(received, tokens)
+        stream: Stream = self.stream
+        for at, sublayer in enumerate(self.sublayers.values()):
+            x, state = stream.read(state, at, cast(RMSNorm, sublayer.norm))
+            state = stream.write(state, at, sublayer(x, context))
+        return self.head(stream.finish(state, self.final_norm)) if self.is_last else self._leave(state)

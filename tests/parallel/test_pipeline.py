@@ -1,0 +1,137 @@
+"""Pipelines on gloo: every case of worker.py in real processes, against one process on the same global batch, in float64."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fathom.models.transformer import Transformer
+from fathom.parallel.plan import Plan, make_plan
+from tests.parallel import worker
+from tests.parallel.worker import CASES, LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, batch, network
+
+pytestmark = pytest.mark.dist
+TOLERANCE = 1e-10
+TENSOR = MICRO_BATCH * LENGTH * 8 * 8
+"""Bytes of one source of one micro-batch: D = 8 in float64."""
+
+Ranks = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ranks]:
+    """What each rank saw of a case, by the case's name; a world runs all its cases when the first is asked for."""
+    folders: dict[int, Path] = {}
+
+    def spawn(size: int) -> Path:
+        folder, script = tmp_path_factory.mktemp("world"), Path(worker.__file__)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
+        ranks = []
+        for rank in range(size):
+            with (folder / f"{rank}.log").open("w") as log:
+                command = [sys.executable, str(script), str(size), str(rank), str(folder)]
+                ranks.append(subprocess.Popen(command, env=environment, stderr=log))
+        try:
+            codes = [rank.wait(timeout=240) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert codes == [0] * size, "\n".join(log.read_text() for log in folder.glob("*.log"))
+        return folder
+
+    def of(name: str) -> Ranks:
+        size = CASES[name].world
+        if size not in folders:
+            folders[size] = spawn(size)
+        return [torch.load(folders[size] / f"{name}.{rank}.pt") for rank in range(size)]
+
+    return of
+
+
+def plan_of(case: Case) -> Plan:
+    return make_plan(case.config(), case.world, case.virtual, cache=case.cache, firsts=case.firsts)
+
+
+def control(case: Case) -> tuple[Tensor, Transformer]:
+    model = network(case)
+    loss = model.loss(*batch(case))
+    loss.backward()
+    return loss.detach(), model
+
+
+def whole(plan: Plan, ranks: Ranks, step: int) -> dict[str, Tensor]:
+    """The gradients of all stages under the whole model's names; the stream's rows are put together again."""
+    found: dict[str, Tensor] = {}
+    rows: dict[str, dict[int, Tensor]] = {}
+    for rank in ranks:
+        for (stage, name), gradient in rank["steps"][step][1].items():
+            assert gradient is not None, f"stage {stage}: {name} has no gradient"
+            if name.startswith("stream."):
+                rows.setdefault(name, {})[stage] = gradient
+            else:
+                assert name not in found, f"{name} is on two stages"
+                found[name] = gradient
+    return found | {name: torch.cat([by[s] for s in range(plan.num_stages)]) for name, by in rows.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process(name: str, results: Callable[[str], Ranks]) -> None:
+    case, ranks = CASES[name], results(name)
+    loss, model = control(case)
+    names = {key for key, _ in model.named_parameters()}
+    for step in range(2):  # a second step, because the first must leave nothing behind
+        for rank in ranks:
+            assert abs(rank["steps"][step][0] - loss) <= TOLERANCE * abs(loss)
+        gradients = whole(plan_of(case), ranks, step)
+        assert gradients.keys() == names
+        for key, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            error = (gradients[key] - parameter.grad).norm()
+            assert error <= TOLERANCE * parameter.grad.norm().clamp(min=1e-3), f"{key}: {error}"
+
+
+def hops(case: Case) -> dict[int, int]:
+    """How many tensors the hop into each stage carries, found by walking over the stages with a set of sources for each rank."""
+    plan = plan_of(case)
+    seen: list[set[int]] = [set() for _ in range(case.world)]
+    ends = [*plan.starts[1:], plan.num_sublayers]
+    bank = {0} if plan.starts else set()
+    counts = {}
+    for stage in range(plan.num_stages):
+        holder = seen[stage % case.world] if case.cache else set()
+        if stage:
+            counts[stage] = len(bank - holder) + (plan.firsts[stage] not in plan.starts)
+        bank = bank | {n + 1 for n, end in enumerate(ends) if plan.starts and end - 1 in plan.sites(stage)}
+        holder |= bank
+    return counts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_sent(name: str, results: Callable[[str], Ranks]) -> None:
+    case, plan = CASES[name], plan_of(CASES[name])
+    expected = hops(case)
+    assert expected == {stage: plan.tensors(stage) for stage in expected}
+    sent = {key: size for rank in results(name) for key, size in rank["traffic"].items()}
+    assert sum(len(rank["traffic"]) for rank in results(name)) == len(sent)
+    unit = 2 * MICRO_BATCHES * TENSOR  # two steps
+    assert sent == {(stage, way): count * unit for stage, count in expected.items() for way in ("forward", "backward")}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].virtual > 1])
+def test_memory(name: str, results: Callable[[str], Ranks]) -> None:
+    """With the cache a rank has one copy of each source; nothing stays when the micro-batches have ended."""
+    case, plan = CASES[name], plan_of(CASES[name])
+    for index, rank in enumerate(results(name)):
+        assert rank["left"] == 0
+        if case.cache:
+            assert rank["copies"] == 1
+            kept = [plan.finished(s + 1) for s in range(index, plan.num_stages, case.world) if plan.keeps(s)]
+            assert rank["most"] <= MICRO_BATCHES * kept[-1] * TENSOR if kept else rank["most"] == 0
+        else:
+            assert rank["most"] == 0

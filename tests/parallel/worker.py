@@ -1,0 +1,159 @@
+"""One rank of the gloo tests: runs every case of its world size and saves what it saw.
+
+python worker.py WORLD RANK FOLDER
+"""
+
+import datetime
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fathom.models.config import ModelConfig, ResidualConfig
+from fathom.models.transformer import Transformer
+from fathom.parallel.pipeline import Pipeline
+
+MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, 2, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, and how it is cut."""
+
+    world: int
+    virtual: int
+    residual: ResidualConfig
+    num_layers: int
+    firsts: tuple[int, ...] | None = None
+    cache: bool = True
+    schedule: str = "1f1b"
+    document_mask: bool = False
+
+    def config(self) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=17, context=LENGTH, dim=8, num_layers=self.num_layers, num_heads=2, head_std=1.0,
+            document_mask=self.document_mask, residual=self.residual,
+        )  # fmt: skip
+
+
+def _block(size: int, **options: object) -> ResidualConfig:
+    return ResidualConfig(rule="block", block_size=size, **options)  # type: ignore[arg-type]
+
+
+STRADDLING = {2: (0, 5), 4: (0, 1, 5, 6)}
+"""Uneven cuts inside blocks of 4; the block of sites 0-3 goes on over two hops where there are four stages."""
+
+CASES = {
+    f"{world}-{name}": case
+    for world in (2, 4)
+    for name, case in {
+        "aligned-v1": Case(world, 1, _block(2), world),
+        "straddling-v1": Case(world, 1, _block(4), 5, STRADDLING[world]),
+        **{
+            f"{name}-v{virtual}-{'cached' if cache else 'naive'}": Case(world, virtual, residual, layers, cache=cache)
+            for virtual in (2, 3)
+            for cache in (True, False)
+            for name, residual, layers in (
+                ("aligned", _block(2), world * virtual),
+                ("straddling", _block(5), world * virtual + 1),
+            )
+        },
+        "several-a-stage": Case(world, 2, _block(1), 2 * world + 1),
+        "one-block": Case(world, 2, ResidualConfig(rule="block", num_blocks=1), 2 * world),
+        "full": Case(world, 2, ResidualConfig(rule="full"), 2 * world),
+        "prenorm": Case(world, 2, ResidualConfig(rule="prenorm"), 2 * world),
+        "single-pass": Case(world, 2, _block(5, schedule="single_pass"), 2 * world + 1),
+        "recompute": Case(world, 2, _block(5, recompute=True), 2 * world + 1),
+        "no-gain": Case(world, 2, _block(5, gain=False), 2 * world + 1),
+        "documents": Case(world, 2, _block(5), 2 * world + 1, document_mask=True),
+        "gpipe": Case(world, 1, _block(3), 2 * world, schedule="gpipe"),
+        "looped-bfs": Case(world, 2, _block(3), 2 * world, schedule="looped_bfs"),
+    }.items()
+}
+
+
+def network(case: Case) -> Transformer:
+    """The network of ``case`` in float64, every depth query and gain away from its initial value."""
+    model = Transformer(case.config(), seed=1, end_of_text=0).double()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.stream.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def batch(case: Case) -> tuple[Tensor, Tensor]:
+    shape = (MICRO_BATCHES * MICRO_BATCH, LENGTH + 1)
+    tokens = torch.randint(17, shape, generator=torch.Generator().manual_seed(3))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def watch_memory(pipeline: Pipeline) -> tuple[dict[int, dict[int, set[int]]], list[int]]:
+    """Where in memory the rank has had each source, by micro-batch and number; and the most bytes the cache has held."""
+    places: dict[int, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    most = [0]
+    for stage in pipeline.stages:
+        read = stage.stream.read
+        first = pipeline.plan.firsts[stage.index]
+
+        def watched(state, site, norm, read=read, first=first):  # type: ignore[no-untyped-def]
+            for n, source in enumerate(getattr(state, "bank", ())):
+                places[pipeline.cache.micro_batch][n].add(source.data_ptr())
+            most[0] = max(most[0], pipeline.cache.nbytes())
+            return read(state, site, norm)
+
+        stage.stream.read = watched  # type: ignore[method-assign]
+    return places, most
+
+
+def run(case: Case, folder: Path, name: str) -> None:
+    model = network(case)
+    pipeline = Pipeline(
+        model, num_virtual=case.virtual, num_micro_batches=MICRO_BATCHES, micro_batch=MICRO_BATCH, length=LENGTH,
+        cache=case.cache, schedule=case.schedule, firsts=case.firsts,
+    )  # fmt: skip
+    places, most = watch_memory(pipeline)
+    steps, copies = [], 1
+    for _ in range(2):
+        places.clear()
+        loss = pipeline.step(*batch(case))
+        gradients = {
+            (stage.index, key): None if parameter.grad is None else parameter.grad.clone()
+            for stage in pipeline.stages
+            for key, parameter in stage.named_parameters()
+        }
+        copies = max([copies, *(len(where) for by in places.values() for where in by.values())])
+        for stage in pipeline.stages:
+            stage.zero_grad()
+        steps.append((loss, gradients))
+    torch.save(
+        {
+            "steps": steps,
+            "traffic": dict(pipeline.traffic),
+            "copies": copies,
+            "most": most[0],
+            "left": pipeline.cache.nbytes(),
+        },
+        folder / f"{name}.{pipeline.rank}.pt",
+    )
+
+
+def main(world: int, rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", world_size=world, rank=rank,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    for name, case in CASES.items():
+        if case.world == world:
+            run(case, folder, name)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
