@@ -122,6 +122,12 @@ COMMANDS = {
     "world freeze": Command(
         "Write a world with its evidence as one snapshot, named by its hash.", "fathom world freeze paper-table2 worlds"
     ),
+    "log verify": Command(
+        "Check a log of questions, against a checkpoint that you kept.",
+        "fathom log verify asked.jsonl --checkpoint kept",
+    ),
+    "log checkpoint": Command("Print the size and tree head of a log.", "fathom log checkpoint asked.jsonl"),
+    "log prove": Command("Prove that a record is in a log.", "fathom log prove asked.jsonl 0"),
 }
 
 

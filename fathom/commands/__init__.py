@@ -39,5 +39,8 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "ask score": ask.score,
     "world lint": ask.lint,
     "world freeze": ask.freeze,
+    "log verify": ask.log_verify,
+    "log checkpoint": ask.log_checkpoint,
+    "log prove": ask.log_prove,
 }
 """Makes the function of each command of `fathom.cli.COMMANDS`; `train` with a recipe is `runs.train`."""

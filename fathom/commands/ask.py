@@ -14,7 +14,9 @@ from fathom.commands.output import Function, Json, columns, print_json
 from fathom.errors import UserError
 
 WorldArg = Annotated[str, arg(help="A world file, a snapshot, or a ready-made world by name.")]
-LogArg = Annotated[Path | None, arg(help="A log that the question and its answer are appended to, made if it is not there.")]
+LogArg = Annotated[
+    Path | None, arg(help="A log that the question and its answer are appended to, made if it is not there.")
+]
 Given = Positional[tuple[str, ...]]
 ABSTAINED, REFUSED = 3, 4
 
@@ -98,7 +100,11 @@ def prob() -> Function:
 
 def interval() -> Function:
     def run(
-        world: Positional[WorldArg], expression: Positional[str], level: float = 0.9, log: LogArg = None, as_json: Json = False
+        world: Positional[WorldArg],
+        expression: Positional[str],
+        level: float = 0.9,
+        log: LogArg = None,
+        as_json: Json = False,
     ) -> int:
         """A quantity's median and central interval, such as "multiplier(C=5.6)".
 
@@ -122,7 +128,12 @@ def theories() -> Function:
         def show(result: dict[str, Any]) -> str:
             rows = [["theory", "bits", "prior", "log evidence", "P(theory)"]]
             for each in result["theories"]:
-                values = (f"{each['bits']:.0f}", f"{each['prior']:.3g}", f"{each['log_evidence']:.3f}", f"{each['p']:.4f}")
+                values = (
+                    f"{each['bits']:.0f}",
+                    f"{each['prior']:.3g}",
+                    f"{each['log_evidence']:.3f}",
+                    f"{each['p']:.4f}",
+                )
                 rows.append([each["id"], *values])
             verdict = "" if result["adequate"] else "\nnone of the named theories is adequate"
             return f"{columns(rows)}\nnot known: {result['entropy']:.3f} nats{verdict}"
@@ -169,7 +180,9 @@ def next_run() -> Function:
         def show(result: dict[str, Any]) -> str:
             rows = [["run", "nats", "of what is not known", "nats per cost", "outside the data"]]
             for each in result["ranked"][:top]:
-                name = " ".join(f"{k}={v:g}" if isinstance(v, float | int) else f"{k}={v}" for k, v in each["design"].items())
+                name = " ".join(
+                    f"{k}={v:g}" if isinstance(v, float | int) else f"{k}={v}" for k, v in each["design"].items()
+                )
                 share = "" if each["share"] is None else f"{each['share']:.1%}"
                 far = "a new level" if each["outside_the_data"] is None else f"{each['outside_the_data']:.2g}"
                 rows.append([name, f"{each['nats']:.4f}", share, f"{each['nats_per_cost']:.3g}", far])
@@ -253,7 +266,9 @@ def lint() -> Function:
             print("\n".join(found))
             return 2
         frozen = read(world)
-        print(f"{len(frozen.theories)} theories, {len(frozen.y)} rows, {len(frozen.claims)} claims: world {frozen.hash}")
+        print(
+            f"{len(frozen.theories)} theories, {len(frozen.y)} rows, {len(frozen.claims)} claims: world {frozen.hash}"
+        )
         return 0
 
     return run
@@ -277,3 +292,63 @@ def freeze() -> Function:
         print(path)
 
     return run
+
+
+def log_verify() -> Function:
+    def run(log: Positional[Path], checkpoint: Path | None = None, public_key: str | None = None) -> None:
+        """Check a log's chain and, against a checkpoint that you kept, that it still begins as it did.
+
+        Args:
+            log: A log that `fathom ask --log` wrote.
+            checkpoint: The file that `fathom log checkpoint` printed earlier.
+            public_key: The signer's key, 64 hexadecimal digits: an unsigned checkpoint is then refused.
+        """
+        from fathom.scientist.log import Log
+
+        kept = None if checkpoint is None else checkpoint.read_text()
+        if public_key is not None and kept is None:
+            raise UserError("a public key checks a checkpoint: give one")
+        size = Log(log).verify(kept, None if public_key is None else _key(public_key))
+        print(f"{size} records, chain whole" + ("" if kept is None else ", as at the checkpoint"))
+
+    return run
+
+
+def log_checkpoint() -> Function:
+    def run(log: Positional[Path], key: Path | None = None) -> None:
+        """Print the size and tree head of a log, for you to keep elsewhere.
+
+        Args:
+            log: A log that `fathom ask --log` wrote.
+            key: A file with the 64 hexadecimal digits of an Ed25519 private key, to sign it.
+        """
+        from fathom.scientist.log import Log
+
+        print(Log(log).checkpoint(None if key is None else _key(key.read_text())), end="")
+
+    return run
+
+
+def log_prove() -> Function:
+    def run(log: Positional[Path], index: Positional[int]) -> None:
+        """Print the audit path that shows a record to be in a log.
+
+        Args:
+            log: A log that `fathom ask --log` wrote.
+            index: The record's number, from 0.
+        """
+        from fathom.scientist.log import Log
+
+        print_json(Log(log).prove(index))
+
+    return run
+
+
+def _key(text: str) -> bytes:
+    try:
+        key = bytes.fromhex(text.strip())
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        raise UserError("a key is 64 hexadecimal digits")
+    return key

@@ -108,6 +108,9 @@ def build(document: dict[str, Any], issues: Issues) -> World | None:
     for key, given in (top.get("designs") or {}).items() if isinstance(top.get("designs"), dict) else ():
         with issues.at("designs", key):
             designs[key] = _design(_named(key), _keys(given, "design", issues, ("designs", key)))
+    if not isinstance(top.get("theories", []), list):
+        issues.add(("theories",), "`theories:` is a list")
+        return None
     if not isinstance(top.get("designs"), dict):
         issues.add(("designs",), "`designs:` gives each design's levels, or its low and high")
     shared = _trees(top.get("quantities") or {}, issues, ("quantities",))
@@ -138,7 +141,7 @@ def build(document: dict[str, Any], issues: Issues) -> World | None:
     with issues.at("prior_of_other"):
         if not 0 < _finite(weight, "prior_of_other") < 1:
             raise UserError("prior_of_other lies between 0 and 1, both excluded: other theories always exist")
-    if not theories:
+    if not top.get("theories"):
         issues.add(("theories",), "a world has at least one theory")
     if issues.found:
         return None
@@ -245,7 +248,7 @@ def _theory(
         for tree in quantities.values():
             _known(tree, set(texts) | set(designs), "a quantity", {"mean"})
     used = names(mean).union(*map(names, noise.args if noise else ()), *map(names, quantities.values()))
-    for key in params.keys() - used:
+    for key in params.keys() - used if len(issues.found) == before else ():
         issues.add((*path, "params", key), f"{key} appears neither in the mean, the noise nor a quantity")
     length = bits(mean) + 8.0 * sum(len(prior.args) for prior in params.values())
     for argument in noise.args if noise else ():

@@ -67,7 +67,7 @@ def grid(groups: list[Group]) -> tuple[Array, Array]:
         points = np.arange(count_limit([(g.noise, g.means, g.scales) for g in groups]) + 1.0)
         return points, np.ones_like(points)
     reach = 60.0 if any(g.noise.family == "student_t" for g in groups) else 8.5
-    count = 161 if reach > 10 else 91
+    count = 241 if reach > 10 else 181
     steps = np.sinh(np.linspace(-3, 3, count)) * reach / math.sinh(3)
     points = np.concatenate([center + size * steps for center, size in (g.moments() for g in groups)])
     points = np.unique(points)

@@ -167,7 +167,10 @@ def fit(world: World, index: int, effort: Effort) -> Fit:
     said = log_claims(world, theory, params, len(weights))
     log_weights = np.log(weights) + said
     total = float(np.logaddexp.reduce(log_weights))
-    report = Report(f"{found.report.method}, reweighted by claims", pareto_k(log_weights), effective_size(log_weights))
+    k, size = pareto_k(log_weights), effective_size(log_weights)
+    if (k > MAX_K or size < MIN_ESS) and not any(prior.relative for prior in theory.params.values()):
+        return _sampled(world, theory, index, effort)  # a precise claim leaves too few of the exact draws
+    report = Report(f"{found.report.method}, reweighted by claims", k, size)
     return replace(
         found, log_evidence=found.log_evidence + total, linear=None, report=report,
         make_draws=lambda: (params, np.exp(log_weights - total)),

@@ -55,7 +55,9 @@ def outcome_quantiles(posterior: Posterior, mixture: list[Components], levels: l
         mass = np.zeros(len(counts))
         for fit, p, (weights, means, scales) in zip(posterior.fits, posterior.probabilities, mixture, strict=True):
             if p > 1e-9:
-                mass += float(p) * (np.exp(noises.log_density(fit.theory.noise, counts[:, None], means, scales)) @ weights)
+                mass += float(p) * (
+                    np.exp(noises.log_density(fit.theory.noise, counts[:, None], means, scales)) @ weights
+                )
         return [float(x) for x in np.minimum(np.searchsorted(np.cumsum(mass), levels), len(counts) - 1)]
     ends: list[float] = []
     for fit, (_, means, scales) in reach:

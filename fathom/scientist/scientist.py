@@ -26,8 +26,8 @@ from fathom.scientist.world import World
 
 Values = dict[str, Any]
 REACH, ADEQUATE, WORTH = 0.5, 0.5, 0.01
-"""How far outside the data is answered (decades or ranges), the flexible theory's largest probability, and the share of
-what is not known that an experiment must be expected to tell to be worth running."""
+"""How far outside the data is answered (decades, or spans of the data), the flexible theory's largest probability, and the
+share of what is not known that an experiment must be expected to tell to be worth running."""
 
 
 class Scientist:
@@ -262,7 +262,7 @@ class Scientist:
         for design in designs:
             far = self.world.outside(design)
             if far > REACH and not drifts:
-                how = "at a level never seen" if math.isinf(far) else f"{far:.2g} decades or ranges outside the data"
+                how = "at a level never seen" if math.isinf(far) else f"{far:.2g} decades or spans outside the data"
                 raise Abstain("extrapolation", f"the design is {how}, and no theory says how laws drift there", result)
 
 

@@ -148,8 +148,8 @@ class World:
         return {name: design.value(given[name]) for name, design in self.designs.items()}
 
     def outside(self, design: dict[str, Any]) -> float:
-        """How far a design, or a part of one, lies outside the data: decades of a logarithmic design, ranges of another;
-        inf at a level never seen, 0 if nothing was."""
+        """How far a design, or a part of one, lies outside the data: decades of a logarithmic design, of
+        another the span of the data; inf at a level never seen, 0 if nothing was."""
         far = 0.0
         for name in design if len(self.y) else ():
             kind, seen = self.designs[name], self.data[name]
@@ -157,5 +157,6 @@ class World:
                 far = far if design[name] in seen else math.inf
             else:
                 at, seen = float(kind.position(design[name])), kind.position(seen)
-                far = max(far, seen.min() - at, at - seen.max())
+                span = 1.0 if kind.log else float(np.ptp(seen)) or 1.0
+                far = max(far, (seen.min() - at) / span, (at - seen.max()) / span)
         return far

@@ -1,0 +1,120 @@
+"""Every change of a log is found: by the chain, or by a checkpoint that somebody kept."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fathom.errors import UserError
+from fathom.scientist.document import canonical
+from fathom.scientist.log import GENESIS, Log, _hash, included, inclusion, leaf, node, read_checkpoint, root
+
+KEY = bytes(range(32))
+
+
+def filled(path: Path, count: int = 9) -> Log:
+    log = Log(path)
+    for index in range(count):
+        assert log.append("answer", {"p": index / 10}).index == index
+    return log
+
+
+def rechained(lines: list[bytes]) -> bytes:
+    """A forger's log: whatever the records, with a chain that holds."""
+    previous, result = GENESIS, b""
+    for index, line in enumerate(lines):
+        body = {key: value for key, value in json.loads(line).items() if key != "hash"} | {
+            "seq": index,
+            "prev": previous,
+        }
+        previous = _hash(previous, body)
+        result += canonical({**body, "hash": previous}) + b"\n"
+    return result
+
+
+def test_the_tree_is_rfc_6962s() -> None:
+    """Heads of the RFC's construction, written out for up to seven leaves."""
+    a, b, c, d, e, f, g = (leaf(bytes([i])) for i in range(7))
+    assert root([]) == hashlib.sha256(b"").digest() and root([a]) == hashlib.sha256(b"\x00\x00").digest()
+    assert root([a, b, c]) == node(node(a, b), c)
+    assert root([a, b, c, d, e]) == node(node(node(a, b), node(c, d)), e)
+    assert root([a, b, c, d, e, f, g]) == node(node(node(a, b), node(c, d)), node(node(e, f), g))
+
+
+def test_inclusion_is_proved_for_members_only() -> None:
+    for size in range(1, 20):
+        leaves = [leaf(str(i).encode()) for i in range(size)]
+        for index in range(size):
+            path = inclusion(leaves, index)
+            assert included(leaves[index], index, size, path, root(leaves))
+            assert not included(leaf(b"other"), index, size, path, root(leaves))
+            assert not included(leaves[index], index, size, [*path, leaf(b"x")], root(leaves))
+            assert size == 1 or not included(leaves[index], (index + 1) % size, size, path, root(leaves))
+
+
+def test_a_log_verifies_and_proves(tmp_path: Path) -> None:
+    log = filled(tmp_path / "log.jsonl")
+    early = log.checkpoint(KEY)
+    log.append("abstain", {"reason": "extrapolation"})
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    public = Ed25519PrivateKey.from_private_bytes(KEY).public_key().public_bytes_raw()
+    assert log.verify(early, public) == 10
+    proof = log.prove(4)
+    path = [bytes.fromhex(each) for each in proof["path"]]
+    assert included(bytes.fromhex(proof["leaf"]), 4, 10, path, bytes.fromhex(proof["root"]))
+    assert read_checkpoint(log.checkpoint())[1].hex() == proof["root"]
+    with pytest.raises(UserError, match="not signed by this key"):
+        read_checkpoint(early.replace("\n9\n", "\n8\n"), public)
+    with pytest.raises(UserError, match="not signed by this key"):
+        read_checkpoint(log.checkpoint(), public)
+
+
+ATTACKS: dict[str, Callable[[list[bytes]], bytes]] = {
+    "flip a byte": lambda lines: b"\n".join([*lines[:3], lines[3].replace(b"0.3", b"0.9"), *lines[4:], b""]),
+    "truncate": lambda lines: rechained(lines[:-3]),
+    "cut off": lambda lines: b"\n".join(lines)[:-5],
+    "reorder": lambda lines: b"\n".join([lines[1], lines[0], *lines[2:], b""]),
+    "reorder and rechain": lambda lines: rechained([lines[1], lines[0], *lines[2:]]),
+    "drop one and rechain": lambda lines: rechained(lines[:4] + lines[5:] + lines[-1:]),
+    "fork": lambda lines: rechained([*lines[:5], *(line.replace(b'"p":0.', b'"p":1.') for line in lines[5:])]),
+    "roll back": lambda lines: b"\n".join([*lines[:6], b""]),
+    "start anew": lambda lines: b"",
+    "reformat": lambda lines: b"\n".join([json.dumps(json.loads(line)).encode() for line in lines] + [b""]),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_every_attack_is_found(tmp_path: Path, attack: str) -> None:
+    log = filled(tmp_path / "log.jsonl")
+    kept = log.checkpoint()
+    assert log.verify(kept) == 9
+    before = log.path.read_bytes()
+    log.path.write_bytes(ATTACKS[attack](log.lines()))
+    assert log.path.read_bytes() != before
+    with pytest.raises(UserError):
+        log.verify(kept)
+
+
+def test_a_rewritten_log_without_a_kept_checkpoint_is_not_found(tmp_path: Path) -> None:
+    """The limit that docs/scientist.md states: tamper-evident given a checkpoint, not tamper-proof."""
+    log = filled(tmp_path / "log.jsonl")
+    log.path.write_bytes(rechained(log.lines()[:-3]))
+    assert log.verify() == 6
+
+
+def test_a_clock_that_goes_back_stops_the_log(tmp_path: Path) -> None:
+    log = filled(tmp_path / "log.jsonl", 1)
+    record = json.loads(log.lines()[0]) | {"time": "2999-01-01T00:00:00.000000+00:00"}
+    log.path.write_bytes(rechained([canonical(record)]))
+    with pytest.raises(UserError, match="the clock is behind"):
+        log.append("answer", {})
+
+
+def test_no_answer_is_added_to_a_broken_log(tmp_path: Path) -> None:
+    log = filled(tmp_path / "log.jsonl", 2)
+    log.path.write_bytes(log.path.read_bytes()[:-4])
+    with pytest.raises(UserError, match="cut off"):
+        log.append("answer", {})
