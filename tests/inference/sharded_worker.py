@@ -13,9 +13,12 @@ from fathom.inference.engine import Engine
 from fathom.inference.generate import generate
 from fathom.inference.sampling import Sampling
 from fathom.inference.sharded import Shards
-from tests.inference.test_engine import PROMPTS, assert_decodes, build
+from tests.inference.test_engine import assert_decodes, build
+from tests.inference.test_engine import PROMPTS as FOUR
 
-CASES = ["prenorm", "full", "block", "ddl", "value_residual", "muddformer", "siamesenorm"]
+PROMPTS = FOUR[:3]
+"""Three rows: neither 2 nor 4 ranks divide what one decode step has."""
+CASES = ["prenorm", "full", "block", "value_residual", "muddformer", "siamesenorm"]
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def main() -> None:
         entry["cache"] = engine.cache.nbytes
         sampling = Sampling(tokens=6, temperature=1.5, seed=4)
         entry["tokens"] = [piece.token for piece in generate(engine, PROMPTS, sampling)]
-        entry["alone"] = [piece.token for piece in generate(Engine(build(case), slots=4, chunk=4), PROMPTS, sampling)]
+        entry["alone"] = [piece.token for piece in generate(Engine(build(case), slots=3, chunk=4), PROMPTS, sampling)]
         found[case] = entry
     gathered: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
