@@ -28,7 +28,8 @@ State = Any
 def norm_parts(norm: Norm) -> tuple[Tensor | None, float]:
     """Weight and epsilon of an RMSNorm module, for a kernel to apply it with the read; ``(None, 0)`` for any other function."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "eps", None)
-    return (None, 0.0) if weight is None or eps is None else (weight, eps)
+    layer_norm = hasattr(norm, "bias")  # which has weight and eps too
+    return (None, 0.0) if weight is None or eps is None or layer_norm else (weight, eps)
 
 
 class Stream(nn.Module):
