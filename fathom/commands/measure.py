@@ -58,12 +58,16 @@ def residuals() -> Function:
 def bench() -> Function:
     from fathom.bench import BenchOptions
     from fathom.bench import bench as run_bench
+    from fathom.commands.pipeline import show_traffic
 
     def run(
         options: Annotated[BenchOptions, arg(name="")],
         memory: Annotated[bool, FlagCreatePairsOff] = False,
         ranks: int = 1,
         chunk: int | None = None,
+        pipeline: Annotated[bool, FlagCreatePairsOff] = False,
+        virtual: int = 2,
+        micro_batches: int = 8,
         as_json: Json = False,
     ) -> None:
         """Time the training step of every residual rule against PreNorm, in turns, once they agree at zero queries.
@@ -72,9 +76,15 @@ def bench() -> Function:
 
         Args:
             memory: Instead, say what serving --model takes in memory: --batch sequences of --model.context tokens.
-            ranks: With --memory: over how many ranks the model is served.
+            ranks: With --memory: over how many ranks the model is served. With --pipeline: ranks of the pipeline.
             chunk: With --memory: tokens of a prompt taken in at a time; the whole prompt if not given.
+            pipeline: Instead, show the bytes of every hop of a pipeline, naive against cached; --batch is a micro-batch.
+            virtual: With --pipeline: stages of one rank.
+            micro_batches: With --pipeline: micro-batches of one step.
         """
+        if pipeline:
+            show_traffic(options, ranks, virtual, micro_batches, as_json=as_json)
+            return
         if memory:
             _memory(options, ranks, chunk, as_json)
             return

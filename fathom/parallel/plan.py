@@ -27,7 +27,7 @@ def site_costs(config: ModelConfig) -> list[float]:
     """Forward FLOPs per token of each sublayer with its read; the last one's includes the output read and the head."""
     flops = flops_per_token(config, config.context)
     attention = (flops["attention matrices"] + flops["attention scores"]) / config.num_layers
-    reads = [6.0 * config.dim * n if n > 1 else 0.0 for n in source_counts(config)]
+    reads = [0.0 if config.residual.rule == "prenorm" else 6.0 * config.dim * n for n in source_counts(config)]
     costs = [
         (flops["mlp"] / config.num_layers if site % 2 else attention) + reads[site] for site in range(len(reads) - 1)
     ]
