@@ -13,8 +13,8 @@ from fathom.inference.engine import Engine
 from fathom.inference.generate import generate
 from fathom.inference.sampling import Sampling
 from fathom.inference.sharded import Shards
-from tests.inference.test_engine import assert_decodes, build
 from tests.inference.test_engine import PROMPTS as FOUR
+from tests.inference.test_engine import assert_decodes, build
 
 PROMPTS = FOUR[:3]
 """Three rows: neither 2 nor 4 ranks divide what one decode step has."""

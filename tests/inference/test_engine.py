@@ -9,8 +9,11 @@ from torch import Tensor
 
 from fathom.errors import UserError
 from fathom.inference.engine import Engine
+from fathom.inference.prenorm import FusedPreNorm
 from fathom.models.config import ModelConfig
+from fathom.models.layers import RMSNorm
 from fathom.models.transformer import Transformer
+from fathom.stream import PreNorm
 from tests.residuals.zoo import CASES, config
 
 TINY = {"vocab_size": 29, "context": 24, "dim": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_std": 2.0}
@@ -192,3 +195,18 @@ def test_nothing_of_a_broken_model_stays_behind() -> None:
         weight[5] = kept
     engine.reset()
     assert_decodes(engine, reference, PROMPTS[:2])
+
+
+@pytest.mark.parametrize("norm", [RMSNorm(8, 1e-6), torch.tanh])
+def test_fused_prenorm_is_prenorm(norm: Any) -> None:
+    """With the norm in the kernel, and with a norm that is any function."""
+    states: list[Any] = []
+    streams = PreNorm(3, 8), FusedPreNorm(3, 8)
+    for stream in streams:
+        state = stream.start(torch.ones(2, 8))
+        for site in range(3):
+            x, state = stream.read(state, site, norm)
+            state = stream.write(state, site, x * torch.arange(8) + site)
+        states.append((stream.running_sum(state), stream.finish(state, norm)))
+    for expected_value, found in zip(*states, strict=True):
+        torch.testing.assert_close(found, expected_value, rtol=0, atol=0)
