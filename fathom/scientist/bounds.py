@@ -26,14 +26,22 @@ def iid(posterior: Array, harm: Array) -> Array:
     return np.where(tied, harm, 0.0).max(-1)
 
 
-def cautious_set(posterior: Array, alpha: float) -> Array:
-    """Prop. 4.6's set of theories, as a mask [..., K]; all of equal posterior are in or out together, the larger set taken."""
+def cautious_set(posterior: Array, alpha: float, *, ties: bool = True) -> Array:
+    """Prop. 4.6's set of theories, as a mask [..., K].
+
+    Args:
+        ties: Whether theories of equal posterior are in or out together, the larger set taken: the paper leaves their
+            order open, and a guard should not depend on it.
+    """
     order = np.argsort(-posterior, axis=-1, kind="stable")
     ranked = np.take_along_axis(posterior, order, -1)
     inside = ranked >= alpha * np.cumsum(ranked, -1)
     inside[..., 0] = True
-    lowest = np.where(inside, ranked, np.inf).min(-1, keepdims=True)
-    return posterior >= lowest
+    if ties:
+        return posterior >= np.where(inside, ranked, np.inf).min(-1, keepdims=True)
+    chosen = np.empty_like(inside)
+    np.put_along_axis(chosen, order, inside, -1)
+    return chosen
 
 
 def cautious(posterior: Array, harm: Array, alpha: float) -> Array:

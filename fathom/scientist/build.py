@@ -54,9 +54,14 @@ def read(path: str | Path) -> World:
 
 
 def lint(path: str | Path) -> list[str]:
-    """Everything that is wrong with a world file, each as ``file:line: what``."""
+    """Everything that is wrong with a world file, each as ``file:line: what``.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    file = find(path)
     try:
-        document, issues = read_document(find(path))
+        document, issues = read_document(file)
     except UserError as error:
         return [str(error)]
     build(document, issues)

@@ -21,7 +21,7 @@ from fathom.scientist.expression import evaluate, parse
 
 Path_ = tuple[str | int, ...]
 _FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-MAX_BYTES, MAX_ROWS = 20_000_000, 10_000
+MAX_BYTES, MAX_ROWS, MAX_DEPTH = 20_000_000, 10_000, 30
 
 
 def canonical(value: Any) -> bytes:
@@ -78,7 +78,7 @@ def read_yaml(text: str, name: str) -> tuple[Any, dict[Path_, int]]:
     except ImportError:
         raise UserError("the scientist needs the extra `scientist`: pip install 'fathom-attnres[scientist]'") from None
     lines: dict[Path_, int] = {}
-    loader = yaml.SafeLoader(text)
+    scalars = yaml.constructor.SafeConstructor()
 
     def plain(node: Any, path: Path_) -> Any:
         line = node.start_mark.line + 1
@@ -100,24 +100,32 @@ def read_yaml(text: str, name: str) -> tuple[Any, dict[Path_, int]]:
             return float(node.value)  # YAML 1.1 takes 1e-3 for a text
         if kind not in ("str", "int", "float", "bool", "null"):
             raise UserError(f"{name}:{line}: a value of kind {kind} has no place in a world")
-        return loader.construct_object(node)
+        return scalars.construct_object(node)
 
+    loader, depth = None, 0
     try:
         for token in yaml.scan(text, yaml.SafeLoader):
+            opens = isinstance(
+                token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken | yaml.BlockMappingStartToken
+            )
+            closes = isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken | yaml.BlockEndToken)
+            depth += opens + isinstance(token, yaml.BlockSequenceStartToken) - closes
+            if depth > MAX_DEPTH:
+                raise UserError(f"{name}:{token.start_mark.line + 1}: nested too deep")
             if isinstance(token, yaml.AnchorToken | yaml.AliasToken | yaml.TagToken):
                 raise UserError(
                     f"{name}:{token.start_mark.line + 1}: anchors, aliases and tags have no place in a world"
                 )
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         return (plain(node, ()) if node is not None else None), lines
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error)
         raise UserError(f"{name}:{mark.line + 1 if mark else 1}: this is not YAML: {what}") from None
-    except RecursionError:
-        raise UserError(f"{name}: nested too deep") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _read_json(text: str, name: str) -> tuple[Any, dict[Path_, int]]:

@@ -69,7 +69,16 @@ def grid(groups: list[Group]) -> tuple[Array, Array]:
     reach = 60.0 if any(g.noise.family == "student_t" for g in groups) else 8.5
     count = 241 if reach > 10 else 181
     steps = np.sinh(np.linspace(-3, 3, count)) * reach / math.sinh(3)
-    points = np.concatenate([center + size * steps for center, size in (g.moments() for g in groups)])
+    sizes = [group.moments() for group in groups]
+    if len(groups) > 4:  # answers that lie side by side, such as the tenths of a quantity, share one grid
+        total = sum(group.p for group in groups)
+        center = sum(group.p * middle for group, (middle, _) in zip(groups, sizes, strict=True)) / total
+        inner = min(size for _, size in sizes)
+        outer = math.sqrt(
+            sum(g.p * (s**2 + (m - center) ** 2) for g, (m, s) in zip(groups, sizes, strict=True)) / total
+        )
+        sizes = [(center, outer)] if outer < 4 * inner else sizes
+    points = np.concatenate([center + size * steps for center, size in sizes])
     points = np.unique(points)
     gaps = np.diff(points)
     weights = np.zeros_like(points)
