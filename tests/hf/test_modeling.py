@@ -1,6 +1,8 @@
 """Fathom's decoder in Transformers: the native network bit for bit, and what Transformers does with it."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import fathom.hf as hf
+from fathom.cli import main
 from fathom.errors import UserError
 from fathom.hf.export import from_native
 from fathom.inference.load import load_run
@@ -228,3 +231,22 @@ def test_config_survives_the_disk_and_names_what_is_wrong(tmp_path: Path) -> Non
             hf.FathomConfig(**wrong)
     with pytest.raises(ValueError, match="block_size is 99"):
         hf.FathomForCausalLM(hf.FathomConfig(residual={"rule": "block", "block_size": 99}))
+
+
+def test_the_command_exports(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.residual["num_blocks"] == 2
+    assert main(["export", str(run), str(tmp_path / "other"), "--checkpoint", "3"]) == 2
+    assert "has no checkpoint of step 3" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_without_transformers_one_line_names_the_extra(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['transformers'] = None; from fathom.cli import main; sys.exit(main(['export', 'a', 'b']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "fathom: fathom.hf needs transformers, which is not installed; pip install 'fathom-attnres[hf]'\n"
+    )
