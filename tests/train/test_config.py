@@ -22,7 +22,9 @@ residuals = st.one_of(
     st.builds(ResidualConfig, rule=st.sampled_from(["prenorm", "full"]), gain=st.booleans(), eps=positive),
     st.builds(ResidualConfig, rule=st.just("block"), num_blocks=st.none() | counts, schedule=st.just("single_pass")),
     st.builds(ResidualConfig, rule=st.just("block"), block_size=st.none() | counts),
-    st.builds(ResidualConfig, rule=st.just("full"), activation=st.sampled_from([None, "sigmoid"]), key_norm=st.booleans()),
+    st.builds(
+        ResidualConfig, rule=st.just("full"), activation=st.sampled_from([None, "sigmoid"]), key_norm=st.booleans()
+    ),
     st.builds(ResidualConfig, rule=st.just("keel"), alpha=st.none() | positive),
 )
 models = st.builds(
