@@ -430,7 +430,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = {
         "name": f"scientist-{name}", "date": DATE, "command": f"python benchmarks/scientist.py {name}",
-        "machine": f"2 CPU cores, {platform.machine()}, shared", 
+        "machine": f"2 CPU cores, {platform.machine()}, shared",
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "rows": rows,
     }  # fmt: skip

@@ -3,6 +3,8 @@
     exit code 0     done
     exit code 1     a training run diverged
     exit code 2     a mistake of the user: one line on standard error, never a traceback
+    exit code 3     `fathom ask` gives no answer, and says why
+    exit code 4     `fathom ask guard` refuses
     exit code 130   stopped by Ctrl-C
     exit code 141   whoever read the output has left, as `head` does
 

@@ -131,11 +131,14 @@ class Scientist:
         Args:
             candidates: Designs; each may also give its cost in a further column.
             about: theories, parameters, an event or a quantity of this world.
-            cost: The name of that column; each costs 1 if not given.
+            cost: The name of that column, which may be a design; each costs 1 if not given.
         """
         if not 1 <= len(candidates) <= 100_000:
             raise UserError("give 1 to 100,000 candidates")
-        designs = [self.world.design({k: v for k, v in each.items() if k != cost}) for each in candidates]
+        designs = [
+            self.world.design({k: v for k, v in each.items() if k != cost or k in self.world.designs})
+            for each in candidates
+        ]
         costs = [1.0 if cost is None else _positive(each.get(cost), cost) for each in candidates]
 
         def ask() -> Values:

@@ -49,6 +49,11 @@ def test_files_of_candidates_and_of_held_out_rows(tmp_path: Path, capsys: Captur
     (tmp_path / "next.csv").write_text("C,arch,price\n6,block,6\n6,prenorm,6\n0.7,block,0.7\n")
     code, out, _ = run(f"ask next paper-table2 {tmp_path}/next.csv --cost price --about 'multiplier(C=5.6)'", capsys)
     assert code == 0 and len(out.splitlines()) == 6 and "C=0.7 arch=block" in out
+    code, out, _ = run(f"ask next paper-table2 {tmp_path}/priced.csv --cost C", capsys)
+    assert code == 2
+    (tmp_path / "priced.csv").write_text("C,arch\n6,block\n0.7,block\n")
+    code, out, _ = run(f"ask next paper-table2 {tmp_path}/priced.csv --cost C --json", capsys)
+    assert code == 0 and sorted(row["cost"] for row in json.loads(out)["result"]["ranked"]) == [0.7, 6]
     (tmp_path / "held.jsonl").write_text('{"C": 6, "arch": "block", "log_loss": 0.52}\n')
     code, out, _ = run(f"ask score paper-table2 {tmp_path}/held.jsonl", capsys)
     assert code == 0 and "1 rows: log score" in out

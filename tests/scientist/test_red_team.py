@@ -42,7 +42,7 @@ def test_it_imports_nothing_that_reaches_out() -> None:
                     not name.startswith("fathom")
                     or name in ("fathom.errors", "fathom.scientist")
                     or name.startswith("fathom.scientist.")
-                ), name  # noqa: E501
+                ), name
 
 
 def test_it_calls_nothing_that_runs_text_and_writes_only_the_log() -> None:
