@@ -160,9 +160,7 @@ class Log:
         note = f"{ORIGIN}\n{len(lines)}\n{head}\n"
         if private_key is None:
             return note
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-        key = Ed25519PrivateKey.from_private_bytes(private_key)
+        key = _ed25519().Ed25519PrivateKey.from_private_bytes(private_key)
         signature = _key_id(key.public_key().public_bytes_raw()) + key.sign(note.encode())
         return f"{note}\n— {ORIGIN} {base64.b64encode(signature).decode()}\n"
 
@@ -175,6 +173,14 @@ class Log:
             "index": index, "size": len(leaves), "leaf": leaves[index].hex(),
             "path": [each.hex() for each in inclusion(leaves, index)], "root": root(leaves).hex(),
         }  # fmt: skip
+
+
+def _ed25519() -> Any:
+    try:
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError:
+        raise UserError("signatures need the extra `scientist`: pip install 'fathom-attnres[scientist]'") from None
+    return ed25519
 
 
 def _key_id(public: bytes) -> bytes:
@@ -209,14 +215,14 @@ def read_checkpoint(text: str, public_key: bytes | None = None) -> tuple[int, by
     except ValueError:
         raise UserError("this is not a checkpoint of a scientist's log") from None
     if public_key is not None:
+        ed25519 = _ed25519()
         from cryptography.exceptions import InvalidSignature
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
         try:
             signed = base64.b64decode(signatures.split()[2], validate=True)
             if signed[:4] != _key_id(public_key):
                 raise InvalidSignature
-            Ed25519PublicKey.from_public_bytes(public_key).verify(signed[4:], note.encode())
+            ed25519.Ed25519PublicKey.from_public_bytes(public_key).verify(signed[4:], note.encode())
         except (InvalidSignature, IndexError, ValueError):
             raise UserError("the checkpoint is not signed by this key") from None
     return size, head
