@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleLoopedBFS
 
 from fathom.errors import UserError
 from fathom.models.transformer import Transformer
 from fathom.parallel.plan import Plan, make_plan
+from fathom.parallel.shard import shard
 from fathom.parallel.stages import Sources, Stage
 
 ScheduleName = Literal["1f1b", "gpipe", "looped_bfs"]
@@ -177,6 +179,7 @@ class Pipeline:
         firsts: the first site of each stage, instead of cuts by cost.
         dtype: of the stream in the hops; the parameters' if not given (bf16 under autocast).
         group: of the P ranks; all ranks if not given.
+        dp: the mesh axis of the ranks that run the same stages on other parts of the batch; FSDP2 shards the stages over it.
     """
 
     def __init__(
@@ -192,9 +195,10 @@ class Pipeline:
         firsts: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         group: dist.ProcessGroup | None = None,
+        dp: DeviceMesh | None = None,
     ) -> None:
         check_schedule(schedule, num_virtual)
-        self.group = group
+        self.group, self.dp = group, dp
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.plan = make_plan(model.config, self.num_ranks, num_virtual, cache=cache, firsts=firsts)
         self.cache = SourceCache(self.plan)
@@ -207,6 +211,8 @@ class Pipeline:
         like = torch.empty(shape, dtype=dtype or model.head.weight.dtype, device="meta", requires_grad=True)
         for stage in self.stages:
             stage.bank, stage.keep = self.cache.bank, self.cache.keep
+            if dp is not None:
+                shard(stage, dp, bf16=dtype == torch.bfloat16, keep_gathered=True)
         parts = [CachedStage(stage, self.cache, like, group, self.traffic) for stage in self.stages]
         kinds = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B if num_virtual == 1 else ScheduleInterleaved1F1B,
                  "looped_bfs": ScheduleLoopedBFS}  # fmt: skip
@@ -215,9 +221,10 @@ class Pipeline:
         self.schedule = kind(parts[0] if single else parts, num_micro_batches, loss_fn=next_token_loss)
 
     def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Forward and backward of a batch [B, T] on all ranks, which all give it; returns the mean loss on every rank.
+        """Forward and backward of a batch [B, T], which every rank of the pipeline gives; returns its mean loss on every rank.
 
-        Gradients are those of the mean over the batch, added to what parameters hold.
+        Gradients are those of the mean, added to what parameters hold. With ``dp`` each pipeline gives its own part of the
+        batch, and loss and gradients are means over all parts.
         """
         losses: list[Tensor] = []
         self.schedule.step(tokens=tokens, target=targets, losses=losses, return_outputs=False)
@@ -225,6 +232,9 @@ class Pipeline:
         loss = torch.stack(losses).mean().detach() if self.rank == last else torch.zeros((), device=tokens.device)
         loss = loss.to(torch.promote_types(self.stages[0].cos.dtype, torch.float64))
         dist.broadcast(loss, group=self.group, group_src=last)
+        if self.dp is not None:
+            dist.all_reduce(loss, group=self.dp.get_group())
+            loss /= self.dp.size()
         return loss
 
 

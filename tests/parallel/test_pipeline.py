@@ -55,7 +55,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ranks]:
 
 
 def plan_of(case: Case) -> Plan:
-    return make_plan(case.config(), case.world, case.virtual, cache=case.cache, firsts=case.firsts)
+    return make_plan(case.config(), case.pp, case.virtual, cache=case.cache, firsts=case.firsts)
 
 
 def control(case: Case) -> tuple[Tensor, Transformer]:
@@ -88,7 +88,10 @@ def test_equals_one_process(name: str, results: Callable[[str], Ranks]) -> None:
     for step in range(2):  # a second step, because the first must leave nothing behind
         for rank in ranks:
             assert abs(rank["steps"][step][0] - loss) <= TOLERANCE * abs(loss)
-        gradients = whole(plan_of(case), ranks, step)
+        if case.pp == 1:
+            gradients = {key: gradient for (_, key), gradient in ranks[0]["steps"][step][1].items()}
+        else:
+            gradients = whole(plan_of(case), ranks[: case.pp], step)
         assert gradients.keys() == names
         for key, parameter in model.named_parameters():
             assert parameter.grad is not None
@@ -99,12 +102,12 @@ def test_equals_one_process(name: str, results: Callable[[str], Ranks]) -> None:
 def hops(case: Case) -> dict[int, int]:
     """How many tensors the hop into each stage carries, found by walking over the stages with a set of sources for each rank."""
     plan = plan_of(case)
-    seen: list[set[int]] = [set() for _ in range(case.world)]
+    seen: list[set[int]] = [set() for _ in range(case.pp)]
     ends = [*plan.starts[1:], plan.num_sublayers]
     bank = {0} if plan.starts else set()
     counts = {}
     for stage in range(plan.num_stages):
-        holder = seen[stage % case.world] if case.cache else set()
+        holder = seen[stage % case.pp] if case.cache else set()
         if stage:
             counts[stage] = len(bank - holder) + (plan.firsts[stage] not in plan.starts)
         bank = bank | {n + 1 for n, end in enumerate(ends) if plan.starts and end - 1 in plan.sites(stage)}
@@ -112,15 +115,22 @@ def hops(case: Case) -> dict[int, int]:
     return counts
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].pp > 1])
 def test_bytes_sent(name: str, results: Callable[[str], Ranks]) -> None:
     case, plan = CASES[name], plan_of(CASES[name])
     expected = hops(case)
     assert expected == {stage: plan.tensors(stage) for stage in expected}
-    sent = {key: size for rank in results(name) for key, size in rank["traffic"].items()}
-    assert sum(len(rank["traffic"]) for rank in results(name)) == len(sent)
-    unit = 2 * MICRO_BATCHES * TENSOR  # two steps
+    ranks = results(name)[: case.pp]
+    sent = {key: size for rank in ranks for key, size in rank["traffic"].items()}
+    assert sum(len(rank["traffic"]) for rank in ranks) == len(sent)
+    unit = 2 * MICRO_BATCHES // case.dp * TENSOR  # two steps
     assert sent == {(stage, way): count * unit for stage, count in expected.items() for way in ("forward", "backward")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_parameter_is_on_one_rank(name: str, results: Callable[[str], Ranks]) -> None:
+    whole_model = sum(parameter.numel() for parameter in network(CASES[name]).parameters())
+    assert sum(rank["local"] for rank in results(name)) == whole_model
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].virtual > 1])
@@ -131,7 +141,7 @@ def test_memory(name: str, results: Callable[[str], Ranks]) -> None:
         assert rank["left"] == 0
         if case.cache:
             assert rank["copies"] == 1
-            kept = [plan.finished(s + 1) for s in range(index, plan.num_stages, case.world) if plan.keeps(s)]
+            kept = [plan.finished(s + 1) for s in range(index % case.pp, plan.num_stages, case.pp) if plan.keeps(s)]
             assert rank["most"] <= MICRO_BATCHES * kept[-1] * TENSOR if kept else rank["most"] == 0
         else:
             assert rank["most"] == 0

@@ -6,16 +6,20 @@ python worker.py WORLD RANK FOLDER
 import datetime
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
 from fathom.parallel.pipeline import Pipeline
+from fathom.parallel.shard import shard
 
 MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, 2, 5
 
@@ -32,6 +36,12 @@ class Case:
     cache: bool = True
     schedule: str = "1f1b"
     document_mask: bool = False
+    dp: int = 1
+    """Pipelines side by side; with as many as ranks there is no pipeline, only FSDP2."""
+
+    @property
+    def pp(self) -> int:
+        return self.world // self.dp
 
     def config(self) -> ModelConfig:
         return ModelConfig(
@@ -73,7 +83,13 @@ CASES = {
         "gpipe": Case(world, 1, _block(3), 2 * world, schedule="gpipe"),
         "looped-bfs": Case(world, 2, _block(3), 2 * world, schedule="looped_bfs"),
     }.items()
-}
+} | {
+    "2-fsdp": Case(2, 1, _block(5), 5, dp=2),
+    "4-fsdp-prenorm": Case(4, 1, ResidualConfig(rule="prenorm"), 3, dp=4),
+    "4-fsdp-v1": Case(4, 1, _block(4), 5, (0, 5), dp=2),
+    "4-fsdp-v2": Case(4, 2, _block(5), 5, dp=2),
+    "4-fsdp-v2-naive": Case(4, 2, _block(5), 5, dp=2, cache=False),
+}  # fmt: skip
 
 
 def network(case: Case) -> Transformer:
@@ -110,19 +126,48 @@ def watch_memory(pipeline: Pipeline) -> tuple[dict[int, dict[int, set[int]]], li
     return places, most
 
 
+def gradient(parameter: Tensor) -> Tensor | None:
+    whole = parameter.grad
+    return whole.full_tensor() if isinstance(whole, DTensor) else None if whole is None else whole.clone()
+
+
+def local_numbers(parts: Sequence[nn.Module]) -> int:
+    """How many numbers of parameters lie on this rank."""
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+
+
+def run_fsdp(case: Case, folder: Path, name: str) -> None:
+    """Without a pipeline: the whole network, sharded over all ranks."""
+    rank, model, steps = dist.get_rank(), network(case), []
+    shard(model, init_device_mesh("cpu", (case.world,)))
+    tokens, targets = (part.chunk(case.world)[rank] for part in batch(case))
+    for _ in range(2):
+        loss = model.loss(tokens, targets)
+        loss.backward()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        steps.append((total / case.world, {(0, key): gradient(p) for key, p in model.named_parameters()}))
+        model.zero_grad()
+    torch.save({"steps": steps, "local": local_numbers([model])}, folder / f"{name}.{rank}.pt")
+
+
 def run(case: Case, folder: Path, name: str) -> None:
     model = network(case)
+    mesh = init_device_mesh("cpu", (case.dp, case.pp), mesh_dim_names=("dp", "pp"))
+    tokens, targets = (part.chunk(case.dp)[mesh.get_local_rank("dp")] for part in batch(case))
     pipeline = Pipeline(
-        model, num_virtual=case.virtual, num_micro_batches=MICRO_BATCHES, micro_batch=MICRO_BATCH, length=LENGTH,
-        cache=case.cache, schedule=case.schedule, firsts=case.firsts,
+        model, num_virtual=case.virtual, num_micro_batches=MICRO_BATCHES // case.dp, micro_batch=MICRO_BATCH, length=LENGTH,
+        cache=case.cache, schedule=case.schedule, firsts=case.firsts, group=mesh.get_group("pp"),
+        dp=mesh["dp"] if case.dp > 1 else None,
     )  # fmt: skip
     places, most = watch_memory(pipeline)
     steps, copies = [], 1
     for _ in range(2):
         places.clear()
-        loss = pipeline.step(*batch(case))
+        loss = pipeline.step(tokens, targets)
         gradients = {
-            (stage.index, key): None if parameter.grad is None else parameter.grad.clone()
+            (stage.index, key): gradient(parameter)
             for stage in pipeline.stages
             for key, parameter in stage.named_parameters()
         }
@@ -133,12 +178,13 @@ def run(case: Case, folder: Path, name: str) -> None:
     torch.save(
         {
             "steps": steps,
+            "local": local_numbers(pipeline.stages),
             "traffic": dict(pipeline.traffic),
             "copies": copies,
             "most": most[0],
             "left": pipeline.cache.nbytes(),
         },
-        folder / f"{name}.{pipeline.rank}.pt",
+        folder / f"{name}.{dist.get_rank()}.pt",
     )
 
 
@@ -150,7 +196,7 @@ def main(world: int, rank: int, folder: Path) -> None:
     )  # fmt: skip
     for name, case in CASES.items():
         if case.world == world:
-            run(case, folder, name)
+            (run_fsdp if case.pp == 1 else run)(case, folder, name)
     dist.barrier()
     dist.destroy_process_group()
 
