@@ -34,7 +34,7 @@ SETTINGS = {
 def network(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The decoder of ``SETTINGS[name]``, every parameter random, norms too."""
     generator = torch.Generator().manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split("-")[0], **SETTINGS[name])).to(dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split("-")[0], **SETTINGS[name]), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
@@ -43,3 +43,9 @@ def network(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 def tokens(batch: int = 2, count: int = 20) -> torch.Tensor:
     return torch.randint(3, 97, (batch, count), generator=torch.Generator().manual_seed(3))
+
+
+def checkpoint_layers(model: PreTrainedModel, **settings: object) -> None:
+    """Activation checkpointing, by the name that this version of Transformers has for it."""
+    newer = hasattr(model, "activation_checkpointing_enable")
+    getattr(model, "activation_checkpointing_enable" if newer else "gradient_checkpointing_enable")(settings or None)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from networks import SETTINGS, network, tokens
+from networks import SETTINGS, checkpoint_layers, network, tokens
 
 import fathom.hf as hf
 from fathom.cli import main
@@ -148,13 +148,13 @@ def test_a_cache_changes_nothing_once_queries_have_moved(name: str) -> None:
 def test_checkpointing_keeps_the_gradients(name: str) -> None:
     plain = trained(name).train()
     saved = copy.deepcopy(plain)
-    saved.activation_checkpointing_enable()
+    checkpoint_layers(saved)
     for model in (plain, saved):
         model(tokens(), labels=tokens(), use_cache=False).loss.backward()
     for one, other in zip(plain.parameters(), saved.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="use_reentrant"):
-        saved.activation_checkpointing_enable({"use_reentrant": True})
+        checkpoint_layers(saved, use_reentrant=True)
 
 
 def test_autocast_keeps_the_stream_in_float32() -> None:
