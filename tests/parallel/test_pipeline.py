@@ -1,8 +1,5 @@
 """Pipelines on gloo: every case of worker.py in real processes, against one process on the same global batch, in float64."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from torch import Tensor
 
 from fathom.models.transformer import Transformer
 from fathom.parallel.plan import Plan, make_plan
-from tests.parallel import worker
+from tests.parallel.processes import spawn
 from tests.parallel.worker import CASES, LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, batch, network
 
 pytestmark = pytest.mark.dist
@@ -29,26 +26,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ranks]:
     """What each rank saw of a case, by the case's name; a world runs all its cases when the first is asked for."""
     folders: dict[int, Path] = {}
 
-    def spawn(size: int) -> Path:
-        folder, script = tmp_path_factory.mktemp("world"), Path(worker.__file__)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
-        ranks = []
-        for rank in range(size):
-            with (folder / f"{rank}.log").open("w") as log:
-                command = [sys.executable, str(script), str(size), str(rank), str(folder)]
-                ranks.append(subprocess.Popen(command, env=environment, stderr=log))
-        try:
-            codes = [rank.wait(timeout=240) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        assert codes == [0] * size, "\n".join(log.read_text() for log in folder.glob("*.log"))
-        return folder
-
     def of(name: str) -> Ranks:
         size = CASES[name].world
         if size not in folders:
-            folders[size] = spawn(size)
+            folders[size] = spawn(size, tmp_path_factory.mktemp("world"))
         return [torch.load(folders[size] / f"{name}.{rank}.pt") for rank in range(size)]
 
     return of

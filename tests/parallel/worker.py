@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
+from fathom.parallel.checkpoint import load, save
 from fathom.parallel.pipeline import Pipeline
 from fathom.parallel.shard import shard
 
@@ -188,18 +189,55 @@ def run(case: Case, folder: Path, name: str) -> None:
     )
 
 
-def main(world: int, rank: int, folder: Path) -> None:
+LAYOUTS = {"p4": Case(4, 1, _block(5), 5), "p2-dp2": Case(4, 2, _block(5), 5, dp=2), "p2": Case(2, 2, _block(5), 5)}
+"""Cuts of one network, under which a checkpoint is saved (the first) and loaded (all)."""
+
+
+def moments(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def reshard(folder: Path, saved: Path) -> None:
+    """Train two steps and save, on 4 ranks; go on for a step from the checkpoint under every layout of this world."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for name, case in LAYOUTS.items():
+        if case.world != world:
+            continue
+        mesh = init_device_mesh("cpu", (case.dp, case.pp), mesh_dim_names=("dp", "pp"))
+        pipeline = Pipeline(
+            network(case), num_virtual=case.virtual, num_micro_batches=MICRO_BATCHES // case.dp, micro_batch=MICRO_BATCH,
+            length=LENGTH, group=mesh.get_group("pp"), dp=mesh["dp"] if case.dp > 1 else None,
+        )  # fmt: skip
+        tokens, targets = (part.chunk(case.dp)[mesh.get_local_rank("dp")] for part in batch(case))
+        optimizer = moments(nn.ModuleList(pipeline.stages))
+        if name == "p4":
+            for _ in range(2):
+                pipeline.step(tokens, targets)
+                optimizer.step()
+                optimizer.zero_grad()
+            save(saved, pipeline.stages, [optimizer])
+        else:
+            load(saved, pipeline.stages, [optimizer])
+            save(folder / f"again-{name}", pipeline.stages, [optimizer])
+            losses = pipeline.step(tokens, targets)
+            torch.save(losses, folder / f"{name}.{rank}.pt")
+
+
+def main(world: int, rank: int, folder: Path, saved: Path | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", world_size=world, rank=rank,
         timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
+    if saved is not None:
+        reshard(folder, saved)
     for name, case in CASES.items():
-        if case.world == world:
+        if saved is None and case.world == world:
             (run_fsdp if case.pp == 1 else run)(case, folder, name)
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    world, rank, folder, *saved = sys.argv[1:]
+    main(int(world), int(rank), Path(folder), Path(saved[0]) if saved else None)
