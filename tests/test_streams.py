@@ -8,6 +8,7 @@ from fathom.block import BlockAttnRes, block_starts
 from fathom.depth_attention import depth_attention
 from fathom.errors import UserError
 from fathom.full import FullAttnRes
+from fathom.models.config import ResidualConfig
 from fathom.stream import PreNorm, Stream
 
 L, D = 6, 8
@@ -250,3 +251,9 @@ def test_block_starts(length: int, setting: dict, starts: list[int]):
 def test_impossible_settings_are_refused_by_name(make, message: str):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("other", [{"heads": 2}, {"activation": "sigmoid"}, {"schedule": "single_pass"}])
+def test_recomputation_goes_with_the_two_phase_schedule_alone(other: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=r"residual\.recompute .* does not go with residual"):
+        ResidualConfig(rule="block", recompute=True, **other)  # type: ignore[arg-type]

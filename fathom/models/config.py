@@ -100,6 +100,13 @@ class ResidualConfig:
                 raise UserError(f"residual.{name} is {value}: it must be positive")
         if self.num_blocks is not None and self.block_size is not None:
             raise UserError("residual.num_blocks and residual.block_size are both given: keep one")
+        if self.recompute is not None:
+            clash = [name for name in SWITCHES if getattr(self, name) is not None]
+            if clash or self.schedule == "single_pass":
+                other = clash[0] if clash else "schedule single_pass"
+                raise UserError(
+                    f"residual.recompute is of the two-phase schedule alone: it does not go with residual.{other}"
+                )
         if self.query == "none":
             for name in ("key_norm", "heads"):
                 if getattr(self, name) is not None:
