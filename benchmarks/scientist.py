@@ -328,18 +328,8 @@ def location(rollouts: int = 48) -> list[Row]:
     for steps, draws, count in ((10, 200_000, 256), (30, 500_000, 64)):
         values = [_rollout(steps, draws, np.random.default_rng(seed), greedy=False) for seed in range(count)]
         rows.append(_bound(f"location-T{steps}", "random", values))
-    start = time.process_time()
     values = [_rollout(10, 1_000_000, np.random.default_rng(1000 + seed), greedy=True) for seed in range(rollouts)]
     rows.append(_bound("location-T10", "greedy quadrature", values))
-    rows.append(
-        row(
-            "location-T10",
-            "greedy quadrature",
-            "cpu_seconds_per_rollout",
-            "s",
-            (time.process_time() - start) / rollouts,
-        )
-    )
     return rows
 
 

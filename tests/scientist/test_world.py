@@ -179,6 +179,31 @@ def test_a_claim_moves_as_far_as_its_speaker_is_reliable(made: Made, line: Docum
     assert abs(before - 0.95) < 0.1 and abs(liar - before) < 0.03 and abs(friend - 1.2) < 0.02
 
 
+@pytest.mark.parametrize("claims", [1, 2])
+def test_what_was_said_weighs_as_its_mixture(made: Made, claims: int) -> None:
+    """q is 0 or 1; a speaker of reliability Beta(2, 3) says 1, once or twice: truth with rho, else whatever; rho is one."""
+    said = {"kind": "claimed", "who": "them", "about": "q", "value": 1, "within": 0.5, "otherwise": "normal(0, 2)",
+            "reliability": [2, 3]}  # fmt: skip
+    world = {
+        "world": "said", "outcome": {"name": "k"}, "designs": {"x": {"low": 0, "high": 1}}, "evidence": [said] * claims,
+        "theories": [{"id": "one", "params": {"q": "choice(0, 1)"}, "mean": "(q + 1)/3", "noise": "bernoulli()",
+                      "quantities": {"q_is": "q"}}],
+    }  # fmt: skip
+    said["about"] = "q_is"
+    world = json.loads(json.dumps(world))
+    reliability = np.random.default_rng(0).beta(2, 3, 2_000_000)
+
+    def density(value: float, mean: float, deviation: float) -> float:
+        return float(np.exp(-0.5 * ((value - mean) / deviation) ** 2) / (deviation * np.sqrt(2 * np.pi)))
+
+    weights = [
+        float(((reliability * density(1, q, 0.5) + (1 - reliability) * density(1, 0, 2)) ** claims).mean())
+        for q in (0, 1)
+    ]
+    found = infer(made(world)).fits[0].draws[1]
+    np.testing.assert_allclose(found, np.array(weights) / sum(weights), atol=2e-3)
+
+
 def test_the_flexible_theory_wins_where_the_named_ones_are_wrong(made: Made, line: Document) -> None:
     random = np.random.default_rng(0)
     x = np.linspace(0, 4, 40)
