@@ -98,6 +98,24 @@ def test_every_attack_is_found(tmp_path: Path, attack: str) -> None:
         log.verify(kept)
 
 
+def test_records_of_another_history_are_found_without_a_checkpoint(tmp_path: Path) -> None:
+    """Whole records in their places, each with a hash that holds: only the chain between them is broken."""
+    log = filled(tmp_path / "log.jsonl")
+    lines = log.lines()
+    other = rechained([line.replace(b'"p":0.2', b'"p":1.2') for line in lines]).splitlines()
+    log.path.write_bytes(b"\n".join([*lines[:5], *other[5:], b""]))
+    with pytest.raises(UserError, match="record 5 does not follow record 4"):
+        log.verify()
+
+
+def test_a_shorter_log_is_named_as_such(tmp_path: Path) -> None:
+    log = filled(tmp_path / "log.jsonl")
+    kept = log.checkpoint()
+    log.path.write_bytes(b"\n".join([*log.lines()[:6], b""]))
+    with pytest.raises(UserError, match="9 records were there at the checkpoint and 6 are now"):
+        log.verify(kept)
+
+
 def test_a_rewritten_log_without_a_kept_checkpoint_is_not_found(tmp_path: Path) -> None:
     """The limit that docs/scientist.md states: tamper-evident given a checkpoint, not tamper-proof."""
     log = filled(tmp_path / "log.jsonl")
