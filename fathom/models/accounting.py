@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from fathom.models.config import ModelConfig
+from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.layers import AttentionInput, AttentionOutput
 from fathom.models.transformer import Transformer
 from fathom.residuals import make_stream
@@ -43,7 +43,11 @@ def assert_parameters(model: Transformer) -> int:
 
 def _stream(config: ModelConfig) -> Stream:
     """The stream of ``config``, read by read. Its callers want shapes and no data: in a ``FakeTensorMode``."""
-    return make_stream(replace(config.residual, schedule="single_pass"), config.num_sublayers, config.dim)
+    return make_stream(_read_by_read(config), config.num_sublayers, config.dim)
+
+
+def _read_by_read(config: ModelConfig) -> ResidualConfig:
+    return replace(config.residual, schedule="single_pass", recompute=None)
 
 
 def source_counts(config: ModelConfig) -> list[int]:
@@ -66,8 +70,7 @@ def state_bytes(config: ModelConfig) -> int:
 
 @torch.no_grad()
 def _state_size(config: ModelConfig, dim: int) -> int:
-    residual = replace(config.residual, schedule="single_pass")
-    stream, zero = make_stream(residual, config.num_sublayers, dim), torch.zeros(1, 1, dim)
+    stream, zero = make_stream(_read_by_read(config), config.num_sublayers, dim), torch.zeros(1, 1, dim)
     state, most = stream.start(zero), 0
     for site in range(config.num_sublayers):
         x, state = stream.read(state, site, lambda h: h)

@@ -2,15 +2,11 @@
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-sys.path.insert(0, str(Path(__file__).parent))
-from networks import SETTINGS, checkpoint_layers, network, tokens
 
 import fathom.hf as hf
 from fathom.cli import main
@@ -18,6 +14,7 @@ from fathom.errors import UserError
 from fathom.hf.convert import ARCHITECTURES, REFUSED, stream_for
 from fathom.hf.difference import difference, keep_float64
 from fathom.models.config import ResidualConfig
+from tests.hf.networks import SETTINGS, checkpoint_layers, network, tokens
 
 BLOCK = ResidualConfig(num_blocks=2)
 
@@ -88,6 +85,15 @@ def test_queries_get_gradients_and_the_original_stays_as_it_is() -> None:
     assert not torch.allclose(converted(tokens()).logits, before)
     shared = {id(parameter) for parameter in original.parameters()}
     assert {id(parameter) for parameter in converted.network.parameters()} == shared
+
+
+def test_converting_never_initialises_what_it_is_given() -> None:
+    original = network("llama")
+    for module in original.modules():  # Transformers' own mark, which a model need not carry
+        vars(module).pop("_is_hf_initialized", None)
+    before = copy.deepcopy(original.state_dict())
+    hf.convert(original, BLOCK)
+    assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))
-from networks import checkpoint_layers
-
 import fathom.hf as hf
 from fathom.cli import main
 from fathom.errors import UserError
@@ -21,6 +18,7 @@ from fathom.inference.load import load_run
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
 from fathom.residuals import RULES
+from tests.hf.networks import checkpoint_layers
 
 CPU = torch.device("cpu")
 
@@ -184,6 +182,16 @@ def test_shards_come_back(run: Path, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, parameter in exported.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize("rule", ["mhc_lite", "muddformer", "lr_attnres"])
+def test_a_rule_comes_back_with_its_buffers(rule: str, tmp_path: Path) -> None:
+    """mHC-lite's permutations are in no file, and Transformers builds a model without data before it loads one."""
+    exported = from_native(native(rule))
+    exported.save_pretrained(tmp_path)
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(tokens(2, 9)).logits, exported(tokens(2, 9)).logits
+    )
 
 
 def test_hidden_states_and_attentions() -> None:

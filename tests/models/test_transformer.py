@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,7 +7,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fathom.errors import UserError
-from fathom.models.accounting import activation_bytes, assert_parameters, flops_per_token, parameters, source_counts
+from fathom.models.accounting import (
+    activation_bytes,
+    assert_parameters,
+    flops_per_token,
+    parameters,
+    source_counts,
+    state_bytes,
+)
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.layers import document_mask, rotary_table, rotate
 from fathom.models.transformer import Transformer, initialize
@@ -95,6 +104,14 @@ def test_depth_attention_flops_follow_the_sources():
     assert source_counts(config) == [1, 2, 2, 3, 3, 4, 4]
     assert flops_per_token(config, 16)["residual rule"] == 6 * 24 * 19
     assert flops_per_token(ModelConfig(**SMALL, residual=RULES["prenorm"]), 16)["residual rule"] == 0
+
+
+@pytest.mark.parametrize("settings", [{"recompute": True}, {"schedule": "single_pass"}])
+def test_how_reads_are_computed_changes_no_count(settings: dict):
+    plain = ModelConfig(**SMALL, residual=RULES["block"])
+    other = replace(plain, residual=replace(plain.residual, **settings))
+    for count in (parameters, source_counts, state_bytes, lambda config: flops_per_token(config, 16)):
+        assert count(other) == count(plain)
 
 
 @pytest.mark.parametrize("rule", ["prenorm", "full", "block"])
