@@ -25,10 +25,10 @@ from fathom.scientist import Scientist, read
 from fathom.scientist.bounds import cautious_set
 from fathom.scientist.build import ready_made
 from fathom.scientist.expression import parse
+from fathom.scientist.fitting import fit
 from fathom.scientist.gaussian import Linear, resample, solve
 from fathom.scientist.information import Group, gain, gain_about_parameters
 from fathom.scientist.noise import Noise
-from fathom.scientist.posterior import fit
 from fathom.scientist.priors import Prior, normal_cdf
 from fathom.scientist.sampler import LADDER
 

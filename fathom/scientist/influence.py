@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from fathom.scientist.diagnostics import pareto_k
-from fathom.scientist.posterior import Fit, Posterior, fit, weigh
+from fathom.scientist.fitting import Fit, fit
+from fathom.scientist.posterior import Posterior, weigh
 from fathom.scientist.sampler import LADDER
 
 Array = np.ndarray

@@ -8,8 +8,9 @@ import numpy as np
 from fathom.errors import UserError
 from fathom.scientist import noise as noises
 from fathom.scientist.evaluation import degrees
+from fathom.scientist.fitting import Fit
 from fathom.scientist.information import count_limit
-from fathom.scientist.posterior import Fit, Posterior
+from fathom.scientist.posterior import Posterior
 
 Array = np.ndarray
 Components = tuple[Array, Array, Array]

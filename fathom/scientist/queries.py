@@ -16,8 +16,9 @@ from fathom.scientist.answer import Abstain
 from fathom.scientist.diagnostics import effective_size
 from fathom.scientist.evaluation import Unsaid, degrees, quantities
 from fathom.scientist.expression import Call, Node, Number, Text, is_event, parse
+from fathom.scientist.fitting import MIN_ESS, Fit, seed
 from fathom.scientist.information import Group, entropy, gain, gain_about_parameters
-from fathom.scientist.posterior import MIN_ESS, Fit, Posterior, seed
+from fathom.scientist.posterior import Posterior
 from fathom.scientist.predictive import quantiles
 from fathom.scientist.world import World
 

@@ -9,8 +9,9 @@ import pytest
 
 from fathom.errors import UserError
 from fathom.scientist.diagnostics import effective_size, pareto_k
+from fathom.scientist.fitting import Fit, fit
 from fathom.scientist.gaussian import Linear, resample, solve
-from fathom.scientist.posterior import Budget, Fit, fit, infer
+from fathom.scientist.posterior import Budget, infer
 from fathom.scientist.priors import Prior, normal_cdf, student_t_cdf
 from fathom.scientist.sampler import LADDER, Effort, sample
 from fathom.scientist.world import World

@@ -108,7 +108,7 @@ def test_a_posterior_that_fails_its_gates_gives_no_answer(
     made: Made, line: Document, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the gate on effective size out of reach, a sampled theory is escalated within the budget and then abstained from."""
-    monkeypatch.setattr("fathom.scientist.posterior.MIN_ESS", 1e9)
+    monkeypatch.setattr("fathom.scientist.fitting.MIN_ESS", 1e9)
     line["theories"][0]["noise"] = "student_t(3, s)"
     poor, rich = Scientist(made(line), Budget(evals=1)), Scientist(made(line))
     for each in (poor, rich):
