@@ -16,6 +16,7 @@ something that the next reads share. Sites 0 .. L-1 are the L sublayers; site L 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,10 +27,19 @@ State = Any
 
 
 def norm_parts(norm: Norm) -> tuple[Tensor | None, float]:
-    """Weight and epsilon of an RMSNorm module, for a kernel to apply it with the read; ``(None, 0)`` for any other function."""
-    weight, eps = getattr(norm, "weight", None), getattr(norm, "eps", None)
-    layer_norm = hasattr(norm, "bias")  # which has weight and eps too
-    return (None, 0.0) if weight is None or eps is None or layer_norm else (weight, eps)
+    """Weight and epsilon of a plain RMSNorm module, for a kernel to apply it with the read; ``(None, 0)`` for anything else.
+
+    Plain are ``torch.nn.RMSNorm`` over one dim and classes that say so themselves, ``plain_rms_norm = True``. A subclass may
+    compute something else, and a hook wants to see the call, so neither is taken apart.
+    """
+    kind = type(norm)
+    plain = kind is nn.RMSNorm or kind.__dict__.get("plain_rms_norm", False)
+    if not plain or not isinstance(norm, nn.Module) or norm._forward_hooks or norm._forward_pre_hooks:
+        return None, 0.0
+    weight, eps = norm.weight, norm.eps
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float | int):
+        return None, 0.0
+    return weight, eps
 
 
 class Stream(nn.Module):
@@ -71,6 +81,10 @@ class Stream(nn.Module):
     def weights(self, state: State, site: int) -> Float[Tensor, "N *batch"]:
         """The depth-attention weights of ``site``, from the state that its ``read`` was given or returned."""
         raise UserError(f"{type(self).__name__} does not attend over depth, so site {site} has no weights")
+
+    def entropy(self, state: State, site: int) -> Float[Tensor, "*batch"]:
+        """Entropy of each token's weights at ``site``, nats; with several heads the mean of the heads' own."""
+        return torch.special.entr(self.weights(state, site).double()).sum(0)
 
 
 class PreNormState(NamedTuple):

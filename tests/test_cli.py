@@ -355,7 +355,7 @@ def test_too_little_memory_is_one_line(place: Path, tmp_path: Path, capsys: Capt
 
 def test_residuals_counts_what_is_built(capsys: Capture) -> None:
     assert main(["residuals", "--dim", "8", "--layers", "5", "--json"]) == 0
-    rows = {row["rule"]: row for row in json.loads(capsys.readouterr().out)}
+    rows = {row["rule"]: row for row in json.loads(capsys.readouterr().out)["rules"]}
     assert set(rows) == set(get_args(get_type_hints(ResidualConfig)["rule"]))
     for rule, row in rows.items():
         model = Transformer(ModelConfig(dim=8, num_layers=5, num_heads=1, residual=ResidualConfig(rule=rule)))

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from fathom import BlockAttnRes
+from fathom.models.layers import RMSNorm
+from fathom.stream import norm_parts
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NETWORKS = {
@@ -74,3 +76,26 @@ def test_a_layer_norm_is_no_rms_norm() -> None:
     x, state = stream.read(stream.start(embedding), 0, norm)
     torch.testing.assert_close(x, norm(embedding))
     torch.testing.assert_close(stream.finish(stream.write(state, 0, embedding), norm), norm(embedding))
+
+
+def test_only_a_plain_rms_norm_is_taken_apart() -> None:
+    """A kernel applies weight and epsilon itself: of a norm that may compute something else, it must not."""
+
+    class OnePlus(RMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.rms_norm(x, (x.shape[-1],), 1 + self.weight, self.eps)
+
+    plain, torchs = RMSNorm(8, 1e-6), nn.RMSNorm(8, eps=1e-5)
+    assert norm_parts(plain) == (plain.weight, 1e-6) and norm_parts(torchs) == (torchs.weight, 1e-5)
+    hooked = RMSNorm(8, 1e-6)
+    hooked.register_forward_hook(lambda module, args, output: output)
+    others = [
+        OnePlus(8, 1e-6),
+        nn.LayerNorm(8),
+        hooked,
+        nn.RMSNorm(8),
+        nn.RMSNorm((2, 4), eps=1e-5),
+        nn.Identity(),
+        abs,
+    ]
+    assert [norm_parts(norm) for norm in others] == [(None, 0.0)] * len(others)

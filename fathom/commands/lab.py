@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from fathom.commands.output import Function, Json, columns, print_json
 from fathom.errors import UserError
+from fathom.lab.intervals import percent
 
 Folders = Positional[tuple[Path, ...]]
 
@@ -90,7 +91,7 @@ def scaling() -> Function:
                 notes.append(f"{form} is not fitted: {sizes} sizes are too few to say how sure it is.")
         if not forms:
             raise UserError(f"{sizes} sizes are too few for a law: at least 3 are needed, 4 with an irreducible term")
-        printed = _printed(budget) if runs == (Path("paper"),) else {}
+        printed = _printed(budget, baseline) if runs == (Path("paper"),) else {}
         result = {
             "name": "scaling", "unit": "PFLOP/s-days", "budget": budget, "level": level, "baseline": baseline,
             "points": {a: {"compute": p.compute.tolist(), "losses": p.losses.tolist()} for a, p in points.items()},
@@ -106,7 +107,7 @@ def scaling() -> Function:
             print_json(_finite(result))
             return
         for form, fits in forms.items():
-            rows = [["arm", "E", "A", "α", f"{level:.0%} interval of α", "worst residual"]]
+            rows = [["arm", "E", "A", "α", f"{percent(level)} interval of α", "worst residual"]]
             for arm, fit in fits.items():
                 worst = max(map(abs, fit.residuals))
                 rows.append([arm, f"{fit.law.floor:.3f}", f"{fit.law.scale:.4g}", f"{fit.law.exponent:.4f}",
@@ -114,25 +115,29 @@ def scaling() -> Function:
             print(f"{form}, {sizes} sizes, C in PFLOP/s-days\n{columns(rows)}\n")
             if fits[baseline].floor.interval[0] == 0 and form.startswith("L = E"):
                 print("The data do not tell E from zero: this form's numbers are uncertain.\n")
-            rows = [[f"compute multiplier at {budget:.3g}", "", f"{level:.0%} interval", "width", "leave one out"]]
+            rows = [[f"compute multiplier at {budget:.3g}", "", f"{percent(level)} interval", "width", "leave one out"]]
             for arm, fit in fits.items():
-                if fit.multiplier is not None:
-                    m = fit.multiplier
+                if arm != baseline and (m := fit.multiplier) is None:
+                    rows.append([arm, "none", "", "", ""])
+                elif m := fit.multiplier:
                     rows.append([arm, f"{m.value:.2f}x", _range(*m.interval, ".2f"), f"{m.width:.2f}",
                                  _range(*m.leave_one_out, ".2f")])  # fmt: skip
             print(columns(rows) + "\n")
+            for arm, fit in fits.items():
+                if not fit.law.is_power_law:
+                    print(f"The losses of {arm} do not fall like a power law of compute: it has no multiplier.\n")
         for arm, value in printed.items():
-            print(f"The laws as the paper prints them give {arm} {value:.2f}x.")
+            print(f"The laws as the paper prints them give {arm} {value:.2f}x of {baseline}.")
         print("\n".join(notes))
 
     return run
 
 
-def _printed(budget: float) -> dict[str, float]:
+def _printed(budget: float, baseline: str) -> dict[str, float]:
     from fathom.lab.scaling import Law, multiplier, paper
 
     laws = {arm: Law(0.0, law["scale"], law["exponent"]) for arm, law in paper()["printed_laws"].items()}
-    return {arm: float(multiplier(laws["prenorm"], law, budget)) for arm, law in laws.items() if arm != "prenorm"}
+    return {arm: float(multiplier(laws[baseline], law, budget)) for arm, law in laws.items() if arm != baseline}
 
 
 def ablations() -> Function:
@@ -153,10 +158,10 @@ def ablations() -> Function:
         """
         from fathom.lab.ablations import luck, table
         from fathom.lab.figures_sweep import difference_figure
-        from fathom.lab.outcomes import left_out, read_outcomes
+        from fathom.lab.outcomes import left_out, read_outcomes, unequal_rates
 
         found = read_outcomes(runs)
-        rows, notes = table(found, baseline=baseline, level=level), left_out(found)
+        rows, notes = table(found, baseline=baseline, level=level), left_out(found) + unequal_rates(found)
         notes.append(luck(rows, level))
         result = {
             "name": "ablations", "baseline": baseline, "level": level,
@@ -176,7 +181,7 @@ def ablations() -> Function:
             print_json(_finite(result))
             return
         many = len({row.case for row in rows}) > 1
-        lines = [["arm", "seeds", "val loss", f"minus {baseline}", f"{level:.0%} interval", "verdict"]]
+        lines = [["arm", "seeds", "val loss", f"minus {baseline}", f"{percent(level)} interval", "verdict"]]
         for row in rows:
             difference, mean = row.difference, row.mean
             lines.append([

@@ -18,39 +18,55 @@ def residuals() -> Function:
             dim: The width D.
             layers: Decoder layers, each of two sublayers.
         """
+        from fathom.errors import UserError
         from fathom.models.accounting import flops_per_token, parameters, source_counts, state_bytes
         from fathom.models.config import ModelConfig, ResidualConfig
-        from fathom.residuals.catalogue import CATALOGUE
+        from fathom.residuals.catalogue import CATALOGUE, SWITCHES
 
         rules: list[dict[str, Any]] = []
         for rule, entry in CATALOGUE.items():
+            row: dict[str, Any] = {"rule": rule, "name": entry.name, "equation": entry.equation, "source": entry.source,
+                                   "start": entry.start}  # fmt: skip
+            rules.append(row)
             residual = ResidualConfig(rule=rule)  # type: ignore[arg-type]
-            config = ModelConfig(
-                dim=dim, num_layers=layers, num_heads=1, head_dim=dim + dim % 2, mlp_dim=1, residual=residual
-            )
-            counts = source_counts(config)
-            rules.append({
-                "rule": rule, "name": entry.name, "equation": entry.equation, "source": entry.source, "start": entry.start,
-                "parameters": parameters(config)["residual rule"],
-                "flops_per_token": flops_per_token(config, 1)["residual rule"],
-                "state_bytes_per_token": state_bytes(config),
-                "mean_sources": sum(counts) / len(counts) if max(counts) > 1 else None,
-            })  # fmt: skip
+            try:
+                config = ModelConfig(
+                    dim=dim, num_layers=layers, num_heads=1, head_dim=dim + dim % 2, mlp_dim=1, residual=residual
+                )
+                counts = source_counts(config)
+                row |= {
+                    "parameters": parameters(config)["residual rule"],
+                    "flops_per_token": flops_per_token(config, 1)["residual rule"],
+                    "state_bytes_per_token": state_bytes(config),
+                    "added_bytes_per_token": state_bytes(config) - 2 * dim,
+                    "mean_sources": sum(counts) / len(counts) if max(counts) > 1 else None,
+                }
+            except UserError as error:
+                if rule == "prenorm":
+                    raise
+                row["refused"] = str(error)
         if as_json:
-            print_json(rules)
+            print_json({"rules": rules, "switches": SWITCHES})
             return
         rows = [
-            ["rule", "parameters added", "FLOPs/token added", "state bytes/token", "sources/read", "at first", "arXiv"]
+            ["rule", "parameters added", "FLOPs/token added", "bytes/token added", "sources/read", "at first", "arXiv"]
         ]
         for r in rules:
-            numbers = [f"{r['parameters']:,}", f"{r['flops_per_token']:,.0f}", f"{r['state_bytes_per_token']:,}"]
+            if "refused" in r:
+                rows.append([r["rule"], "-", "-", "-", "-", r["start"], r["source"]])
+                continue
+            numbers = [f"{r['parameters']:,}", f"{r['flops_per_token']:,.0f}", f"{r['added_bytes_per_token']:,}"]
             sources = "-" if r["mean_sources"] is None else f"{r['mean_sources']:.2f}"
             rows.append([r["rule"], *numbers, sources, r["start"], r["source"]])
         print(
-            f"width {dim}, {2 * layers} sublayers; state: what is carried between sublayers, where it is most, in bf16\n"
+            f"width {dim}, {2 * layers} sublayers; bytes: what a token carries from sublayer to sublayer, where it is most, in "
+            f"bf16, beyond PreNorm's {2 * dim:,}\n"
         )
         print(columns(rows) + "\n")
-        print("\n".join(f"{r['rule']:<17}  {r['equation']}" for r in rules))
+        print("\n".join(f"{r['rule']}: {r['refused']}" for r in rules if "refused" in r))
+        print("\n".join(f"{r['rule']:<17}  {r['equation']}" for r in rules) + "\n")
+        print("Switches, as an arm of a sweep writes them (block:heads=4) or as --model.residual.heads 4:")
+        print("\n".join(f"{switch:<23}  {meaning}" for switch, meaning in SWITCHES.items()))
 
     return run
 

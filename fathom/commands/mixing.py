@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from fathom.commands.output import Function, Json, columns, print_json
+from fathom.errors import UserError
 
 
 def mixing() -> Function:
@@ -32,6 +33,8 @@ def mixing() -> Function:
             runs: Run folders with a checkpoint.
             out: A folder for the figures, as SVG.
         """
+        if sequence < 1:
+            raise UserError(f"sequence is {sequence}: at least one token must be read")
         figures: dict[str, Any] = {}
         if not runs:
             rows = table_5()
@@ -55,7 +58,10 @@ def mixing() -> Function:
                 "rank": rank(last), "semiseparable_rank": semiseparable_rank(last, tolerance=1e-6),
                 "mean_semiseparable_rank": semiseparable_rank(mean[:-1, :-1], tolerance=1e-6),
             }  # fmt: skip
-            figures[f"mixing-{folder.name}"] = partial(mixing_figure, mean, folder.name)
+            name = f"mixing-{folder.resolve().name}"
+            if name in figures:
+                name += f"-{sum(other.startswith(name) for other in figures) + 1}"
+            figures[name] = partial(mixing_figure, mean, folder.resolve().name)
         if as_json and runs:
             print_json(found)
         for name, row in found.items() if not as_json else ():

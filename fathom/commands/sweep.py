@@ -21,11 +21,12 @@ def sweep() -> Function:
         settings: Annotated[
             tuple[str, ...], arg(name="set", help="Settings of the base run to change: model.dim=32 optim.lr=3e-3 ...")
         ] = (),
+        grid: tuple[str, ...] = (),
         seeds: int | None = None,
         arms: tuple[str, ...] = (),
         cases: tuple[str, ...] = (),
         workers: int | None = None,
-        threads: int = 1,
+        threads: int | None = None,
         dry_run: bool = False,
         as_json: Json = False,
     ) -> int | None:
@@ -38,37 +39,36 @@ def sweep() -> Function:
         Args:
             name: A sweep of the list above, or the folder of one to continue.
             out: The sweep's folder; runs/NAME if not given.
-            base: The run that all others are made from: a recipe, or the config.json of a run.
+            base: The run that all others are made from: a recipe, or the config.json of a run. Its rule is not used.
+            grid: Values of a setting, every combination a case of its own: optim.lr=1e-3,2e-3,4e-3.
             seeds: Seeds of each case and arm.
             arms: Only these arms; a residual rule with its settings is one: block:block_size=4.
             cases: Only these cases.
             workers: Runs at a time; by default one a core, or what a GPU's memory holds.
-            threads: CPU threads of one run.
+            threads: CPU threads of one run; 1 if not given.
             dry_run: Only list the runs.
         """
-        from fathom.lab.plan import make_sweep, read_sweep, training_flops
+        from fathom.lab.plan import make_sweep, outcomes, read_sweep
         from fathom.lab.sweep import run_sweep
-        from fathom.lab.sweeps import base_config, expand
+        from fathom.lab.sweeps import expand_grid
         from fathom.train.loop import Interrupted
 
         if name not in SWEEPS and (Path(name) / "sweep.json").is_file():
-            if out or settings or arms or cases or seeds is not None or base != "quick":
+            given = (out, settings, grid, arms, cases, seeds, threads)
+            if any(each not in (None, ()) for each in given) or base != "quick":
                 raise UserError(f"{name} has its plan: continue it without other flags than --workers")
             plan = read_sweep(Path(name))
-        else:
-            runs = expand(name, base_config(base, settings), seeds=seeds, arms=arms, cases=cases)
             if dry_run:
-                rows = [["run", "steps", "tokens", "layers", "width", "heads", "lr", "PFLOPs"]]
-                for r in runs:
-                    m = r.config.model
-                    cost = f"{training_flops(r.config) / 1e15:.3g}"
-                    rows.append([r.name, f"{r.config.steps:,}", f"{r.tokens:,}", str(m.num_layers), str(m.dim),
-                                 str(m.num_heads), f"{r.config.optim.lr:.3g}", cost])  # fmt: skip
-                print(columns(rows))
+                report(plan.folder, outcomes(plan), {}, as_json)
                 return None
-            if threads < 1:
+        else:
+            runs = expand_grid(name, base, settings, grid, seeds=seeds, arms=arms, cases=cases)
+            if dry_run:
+                list_runs(runs, as_json)
+                return None
+            if threads is not None and threads < 1:
                 raise UserError(f"threads is {threads}: it must be at least 1")
-            plan = make_sweep(out or Path("runs") / name, name, runs, threads=threads)
+            plan = make_sweep(out or Path("runs") / name, name, runs, threads=threads or 1)
         try:
             found, failed = run_sweep(plan, workers=workers)
         except Interrupted as stop:
@@ -80,6 +80,26 @@ def sweep() -> Function:
     sweeps = "\n\n".join(f"{name}: {recipe.sentence}" for name, recipe in SWEEPS.items())
     run.__doc__ = inspect.cleandoc(run.__doc__ or "").replace("SWEEPS", sweeps)
     return run
+
+
+def list_runs(runs: list[Any], as_json: bool) -> None:
+    """What a sweep would run, and what each run costs."""
+    from fathom.lab.plan import training_flops
+
+    if as_json:
+        print_json([
+            {"run": run.name, "case": run.case, "arm": run.arm, "seed": run.seed, "steps": run.config.steps,
+             "tokens": run.tokens, "flops": training_flops(run.config)}
+            for run in runs
+        ])  # fmt: skip
+        return
+    rows = [["run", "steps", "tokens", "layers", "width", "heads", "lr", "PFLOPs"]]
+    for r in runs:
+        m = r.config.model
+        cost = f"{training_flops(r.config) / 1e15:.3g}"
+        rows.append([r.name, f"{r.config.steps:,}", f"{r.tokens:,}", str(m.num_layers), str(m.dim),
+                     str(m.num_heads), f"{r.config.optim.lr:.3g}", cost])  # fmt: skip
+    print(columns(rows))
 
 
 def report(folder: Path, found: list[Any], failed: dict[str, str], as_json: bool) -> None:

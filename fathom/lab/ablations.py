@@ -6,7 +6,7 @@ A difference is called one only where its interval does not hold zero. Runs that
 import statistics
 from dataclasses import dataclass
 
-from fathom.lab.intervals import LEVEL, Difference, paired
+from fathom.lab.intervals import LEVEL, Difference, paired, percent
 from fathom.lab.outcomes import arms, by_seed, cases, require_arm
 from fathom.lab.plan import Outcome
 
@@ -44,10 +44,13 @@ def table(found: list[Outcome], *, baseline: str = "prenorm", level: float = LEV
 
 def luck(rows: list[Row], level: float = LEVEL) -> str:
     """How many of the table's differences chance alone would let stand out."""
-    count = sum(row.difference is not None and row.difference.n > 1 for row in rows)
+    pairs = [row.difference.n for row in rows if row.difference is not None]
+    count = sum(n > 1 for n in pairs)
+    if not pairs:
+        return "No arm has a finished run of the baseline's case and seed: there is nothing to compare."
     if not count:
         return "One seed gives no interval: nothing here is told apart from luck."
     return (
-        f"{count} interval{'s' if count > 1 else ''} at {level:.0%}: "
+        f"{count} interval{'s' if count > 1 else ''} at {percent(level)}: "
         f"about {count * (1 - level):.1f} would miss zero by luck alone."
     )

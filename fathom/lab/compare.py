@@ -4,8 +4,10 @@ Losses are subtracted only where that means something: same corpus, tokenizer, v
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from fathom.lab.intervals import LEVEL, paired, percent
 from fathom.lab.runs import Run
 
 # What must agree before two validation losses measure the same thing, and how the page says that it does not.
@@ -76,7 +78,7 @@ def flags(runs: list[Run]) -> list[str]:
 
 
 def headline(runs: list[Run]) -> str:
-    """The result in a sentence: the lowest loss and how far that is from PreNorm."""
+    """The result in a sentence: the lowest loss, how far its rule is from PreNorm, and how sure that is."""
     finished = [(run.val_loss, run) for run in runs if run.val_loss is not None]
     if not finished:
         return "No run has been validated after its last step yet."
@@ -85,4 +87,24 @@ def headline(runs: list[Run]) -> str:
     loss, best = min(finished, key=lambda pair: pair[0])
     text = f"{best.label} has the lowest validation loss, {loss:.4f} nats per token after {best.tokens:,} tokens"
     twin, gap = baseline(best, runs), difference(best, runs)
-    return f"{text}." if twin is None or gap is None else f"{text}, {-gap:.4f} below {twin.label}."
+    if twin is None or gap is None:
+        return f"{text}."
+    found = paired([pair for run in runs if _alike(run, best) and (pair := _pair(run, runs)) is not None] or [gap])
+    if found.low is None or found.high is None:
+        return f"{text}, {-gap:.4f} below {twin.label}; one seed says nothing of how much of that is luck."
+    sure = "" if found.high < 0 or found.low > 0 else ", which holds zero"
+    return (
+        f"{text}. Over {found.n} seeds its rule is {abs(found.mean):.4f} {'below' if found.mean < 0 else 'above'} PreNorm, "
+        f"{percent(LEVEL)} interval of the difference {found.low:+.4f} to {found.high:+.4f}{sure}."
+    )
+
+
+def _alike(run: Run, best: Run) -> bool:
+    """Whether the two differ in nothing but their seed."""
+    same = replace(run.config, seed=best.config.seed, data=best.config.data) == best.config
+    return same and run.tokens == best.tokens and measure(run) == measure(best)
+
+
+def _pair(run: Run, runs: list[Run]) -> float | None:
+    twin = baseline(run, runs)
+    return difference(run, runs) if twin is not None and twin.config.seed == run.config.seed else None

@@ -1,7 +1,8 @@
 """Training dynamics read and summarised: ``depth.json`` of a checkpoint, and the records of a run (fathom/train/dynamics.py).
 
-growth     exponent g of the output magnitude's rise with depth, m_l ~ l^g, by least squares over decoder layers; a sum of
-           independent outputs of one size grows with g = 1/2, so "growing" is g >= 1/2 and "bounded" is less
+growth     exponent g of the output magnitude's rise with depth, m_l ~ l^g, from the mean of the first quarter of the decoder
+           layers to that of the last; a sum of independent outputs of one size grows with g = 1/2, so "growing" is
+           g >= 1/2 and "bounded" is less
 sinks      sources whose mean lift is at least 2: over the reads in which it is not the newest source, a source's weight
            times the number of sources, which is 1 where every source has the same weight (the embedding is left out)
 """

@@ -8,6 +8,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullF
 from fathom.lab.ablations import Row
 from fathom.lab.depth_width import Map
 from fathom.lab.figures import COLOURS, MARKERS, _axes
+from fathom.lab.intervals import percent
 from fathom.lab.scaling import Fitted, Points
 
 OTHER_COLOURS = tuple(dict.fromkeys(COLOURS.values()))[3:]
@@ -78,7 +79,7 @@ def difference_figure(rows: list[Row], baseline: str, level: float) -> Figure:
         axes.set_yticks(range(len(shown)), [f"{row.case} {row.arm}" if many else row.arm for row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel(f"nats per token, with {level:.0%} intervals")
+        axes.set_xlabel(f"nats per token, with {percent(level)} intervals")
     return figure
 
 

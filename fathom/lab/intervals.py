@@ -17,6 +17,11 @@ def check_level(level: float) -> None:
         raise UserError(f"level is {level}: an interval's level must be between 0 and 1, such as 0.9")
 
 
+def percent(level: float) -> str:
+    """``90%``, and ``99.9%`` where rounding would claim more."""
+    return f"{100 * level:.6g}%"
+
+
 def central_probability(t: float, df: int) -> float:
     """P(|T| < t) of Student's t with ``df`` degrees of freedom, in closed form (Abramowitz and Stegun 26.7.3, 26.7.4)."""
     theta = math.atan2(t, math.sqrt(df))

@@ -52,8 +52,13 @@ def read_outcomes(folders: Iterable[Path]) -> list[Outcome]:
             raise UserError(f"{folder} is neither a sweep nor a run folder")
         for run, end in rows:
             if end.state == "done":
-                data, config = read_object(run / "data.json"), end.planned.config
-                measures.setdefault((data.get("tokens_hash"), config.model.context, config.eval_sequences), run)
+                try:
+                    tokens = read_object(run / "data.json").get("tokens_hash")
+                except UserError as error:
+                    found.append(replace(end, state="damaged", val_loss=None, note=str(error)))
+                    continue
+                config = end.planned.config
+                measures.setdefault((tokens, config.model.context, config.eval_sequences), run)
             found.append(end)
     if not found:
         raise UserError("no run is given: name a sweep or run folders")
@@ -106,6 +111,19 @@ def arms(found: list[Outcome]) -> list[str]:
     return distinct(found, lambda planned: planned.arm)
 
 
+def unequal_rates(found: list[Outcome]) -> list[str]:
+    """A sentence for each case whose finished runs differ in learning rate, schedule or optimizer."""
+    notes = []
+    for case in cases(found):
+        done = [end.planned for end in found if end.planned.case == case and end.state == "done"]
+        other = next((planned for planned in done if planned.config.optim != done[0].config.optim), None)
+        if other:
+            notes.append(
+                f"{done[0].name} and {other.name} differ in their optimizer's settings: part of a gap may be theirs."
+            )
+    return notes
+
+
 def require_arm(found: list[Outcome], arm: str) -> None:
     if arm not in arms(found):
         raise UserError(f"there is no arm {arm!r} to compare with; there are {', '.join(arms(found))}")
@@ -115,6 +133,7 @@ def left_out(found: list[Outcome]) -> list[str]:
     """A sentence for each run that no mean contains."""
     reasons = {
         "diverged": lambda end: f"{end.planned.name} diverged: {end.note}",
+        "damaged": lambda end: f"{end.planned.name} cannot be read: {end.note}",
         "started": lambda end: f"{end.planned.name} stopped at step {end.step:,} of {end.planned.config.steps:,}",
         "waiting": lambda end: f"{end.planned.name} has not started",
     }

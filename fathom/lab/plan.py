@@ -7,8 +7,11 @@
 A *case* is what must be equal before losses are compared (a size, a shape); an *arm* is what is compared (a residual rule).
 """
 
+import fcntl
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +23,7 @@ from fathom.models.config import ModelConfig
 from fathom.train.config import RunConfig, from_dict, load_config, read_object, to_dict
 from fathom.train.metrics import read_metrics, writing
 
-State = Literal["waiting", "started", "done", "diverged"]
+State = Literal["waiting", "started", "done", "diverged", "damaged"]
 PLAN = "sweep.json"
 
 
@@ -97,14 +100,27 @@ def make_sweep(folder: Path, recipe: str, runs: list[Planned], *, threads: int) 
                 f"with `fathom sweep {folder}`"
             )
         return found
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+    if folder.exists() and any(path.name != ".lock" for path in (folder.iterdir() if folder.is_dir() else [folder])):
         raise UserError(f"{folder} exists already and is not a sweep; delete it or give another --out")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder), writing(folder):
         temporary = folder / "sweep.tmp"
         temporary.write_text(json.dumps(_plan(sweep), indent=1) + "\n")
         temporary.replace(folder / PLAN)
     return sweep
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of the sweep in ``folder``, which is made if need be; ``UserError`` if another process does."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another sweep runs in {folder}; wait for it, or give another --out") from None
+        yield
 
 
 def _first_difference(found: Sweep, wanted: Sweep) -> str:
@@ -129,6 +145,8 @@ def read_sweep(folder: Path) -> Sweep:
             Planned(run["name"], run["case"], run["arm"], run["seed"], from_dict(RunConfig, run["config"]))
             for run in values["runs"]
         ]
+        if not runs:
+            raise UserError("it has no runs")
         flops = [float(run["flops"]) for run in values["runs"]]
         return Sweep(folder, values["recipe"], values["threads"], runs, flops)
     except UserError as error:
@@ -148,27 +166,44 @@ class Outcome:
     val_loss: float | None
     """Final validation loss in nats per token; only of a run that is done."""
     note: str
-    """Why a run diverged."""
+    """Why a run diverged, or what of it cannot be read."""
 
 
 def outcome(run: Path, planned: Planned, flops: float) -> Outcome:
     """Read the state of ``planned`` from its folder.
 
-    A run that ends with a loss worse than guessing (ln V) counts as diverged, though all its numbers were finite.
+    A run that ends with a loss worse than guessing (ln V) counts as diverged, though all its numbers were finite. One whose
+    files cannot be read is damaged: it is in no mean, and a sweep takes it up again from its checkpoint.
     """
+    try:
+        return _read_outcome(run, planned, flops)
+    except UserError as error:
+        return Outcome(planned, flops, "damaged", 0, None, str(error))
+
+
+def _read_outcome(run: Path, planned: Planned, flops: float) -> Outcome:
     if (run / "diverged.json").is_file():
-        return Outcome(planned, flops, "diverged", _step(run), None, str(read_object(run / "diverged.json")["message"]))
+        note = str(_fields(run / "diverged.json", "message")[0])
+        return Outcome(planned, flops, "diverged", _step(run), None, note)
     if (run / "summary.json").is_file():
-        summary, config = read_object(run / "summary.json"), load_config(run / "config.json")
-        step, loss = int(summary["steps"]), float(summary["val_loss"])
+        step, loss = _fields(run / "summary.json", "steps", "val_loss")
+        if not (isinstance(step, int) and isinstance(loss, float)):
+            raise UserError(f"{run / 'summary.json'} is damaged: steps and val_loss are not numbers")
         if step == planned.config.steps:
-            guess = math.log(config.model.vocab_size)
-            if loss >= guess:
+            guess = math.log(load_config(run / "config.json").model.vocab_size)
+            if not loss < guess:  # NaN is not
                 note = f"it ended at {loss:.3f}, no better than guessing ({guess:.3f})"
                 return Outcome(planned, flops, "diverged", step, None, note)
             return Outcome(planned, flops, "done", step, loss, "")
     step = _step(run)
     return Outcome(planned, flops, "started" if step else "waiting", step, None, "")
+
+
+def _fields(path: Path, *names: str) -> list[Any]:
+    values = read_object(path)
+    if missing := [name for name in names if name not in values]:
+        raise UserError(f"{path} is damaged: it has no {missing[0]}")
+    return [values[name] for name in names]
 
 
 def _step(run: Path) -> int:

@@ -11,6 +11,9 @@ coefficients the intervals are Student's t exactly. Arms are drawn together, wit
 share data and shape, and so most of their scatter. Leave-one-out gives the range over fits that lack one size each.
 
 A point is one size. Seeds of a size are averaged first, since they share that size's distance from the law.
+
+A multiplier needs two laws that fall. Where a fit does not, there is none; a drawn or left-out fit that does not fall counts
+against both ends of its interval, so that an interval from 0 to infinity says that nothing is known.
 """
 
 import json
@@ -32,6 +35,7 @@ Range = tuple[float, float]
 PFLOPS_DAY = 1e15 * 86400
 """Floating-point operations of one PFLOP/s-day."""
 _EXPONENTS = np.geomspace(1e-3, 3, 64)
+MIN_DRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,25 @@ class Law:
     exponent: Any
     """α."""
 
+    @property
+    def falls(self) -> Any:
+        """Whether the loss falls with compute at all."""
+        return np.asarray(self.scale) > 0
+
+    @property
+    def is_power_law(self) -> bool:
+        """Of one fit: it falls, and by an exponent inside the range searched, not at its end."""
+        return bool(self.falls) and _EXPONENTS[0] * 1.01 < self.exponent < _EXPONENTS[-1] / 1.01
+
     def loss(self, compute: Any) -> Any:
         return self.floor + self.scale * np.power(compute, -self.exponent)
 
     def compute(self, loss: Any) -> Any:
-        """The compute that reaches ``loss``; infinite for a loss at or below the floor."""
+        """The compute that reaches ``loss``; infinite for a loss at or below the floor, NaN of a law that does not fall."""
         above = np.asarray(loss - self.floor, float)
-        with np.errstate(divide="ignore", over="ignore"):
-            return np.where(above > 0, np.power(self.scale / np.maximum(above, 1e-300), 1 / self.exponent), np.inf)
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            reached = np.power(self.scale / np.maximum(above, 1e-300), 1 / self.exponent)
+        return np.where(self.falls, np.where(above > 0, reached, np.inf), np.nan)
 
 
 def _solve(compute: Array, losses: Array, exponent: Array, irreducible: bool) -> tuple[Array, Array, Array]:
@@ -90,8 +105,8 @@ def fit(compute: Float[Array, "*#draws n"], losses: Float[Array, "*draws n"], *,
 
 
 def multiplier(baseline: Law, arm: Law, budget: float) -> Any:
-    """How many times ``budget`` the baseline needs for the arm's loss at ``budget``."""
-    return baseline.compute(arm.loss(budget)) / budget
+    """How many times ``budget`` the baseline needs for the arm's loss at ``budget``; NaN if either law does not fall."""
+    return np.where(arm.falls, baseline.compute(arm.loss(budget)) / budget, np.nan)
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,7 @@ class Fitted:
     scale: Estimate
     exponent: Estimate
     multiplier: Estimate | None
-    """Against the baseline at the budget; None for the baseline itself."""
+    """Against the baseline at the budget; None for the baseline itself, and where either of the two is no power law."""
     residuals: list[float]
     """Measured minus fitted loss of each size, nats per token."""
 
@@ -139,10 +154,12 @@ def fit_arms(
         UserError: fewer sizes than a fit and its scatter need (3, or 4 with the irreducible term), or a wrong setting.
     """
     check_level(level)
+    if draws < MIN_DRAWS:
+        raise UserError(f"draws is {draws}: the ends of an interval need at least {MIN_DRAWS}")
     if baseline not in table:
         raise UserError(f"there is no arm {baseline!r} to compare with; there are {', '.join(table)}")
-    if not budget > 0:
-        raise UserError(f"the budget is {budget}: it must be positive")
+    if not 0 < budget < math.inf:
+        raise UserError(f"the budget is {budget}: it must be positive and finite")
     parameters = 3 if irreducible else 2
     n = len(table[baseline].losses)
     if n <= parameters:
@@ -167,19 +184,24 @@ def fit_arms(
 
     def estimate(value: Any, draws: Array, others: Array) -> Estimate:
         # Values of single draws: interpolating would give NaN beside an infinite multiplier.
-        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
-        return Estimate(float(value), (float(low), float(high)), (float(others.min()), float(others.max())))
+        low = np.quantile(np.nan_to_num(draws, nan=0.0, posinf=np.inf), (1 - level) / 2, method="inverted_cdf")
+        high = np.quantile(np.nan_to_num(draws, nan=np.inf, posinf=np.inf), (1 + level) / 2, method="inverted_cdf")
+        least = np.nan_to_num(others, nan=0.0, posinf=np.inf).min()
+        most = np.nan_to_num(others, nan=np.inf, posinf=np.inf).max()
+        return Estimate(float(value), (float(low), float(high)), (float(least), float(most)))
 
     def coefficient(arm: str, name: str) -> Estimate:
         return estimate(*(getattr(which[arm], name) for which in (laws, drawn, left_out)))
 
-    def against(arm: str) -> Estimate:
+    def against(arm: str) -> Estimate | None:
+        if arm == baseline or not (laws[arm].is_power_law and laws[baseline].is_power_law):
+            return None
         return estimate(*(multiplier(which[baseline], which[arm], budget) for which in (laws, drawn, left_out)))
 
     return {
         arm: Fitted(
             laws[arm], coefficient(arm, "floor"), coefficient(arm, "scale"), coefficient(arm, "exponent"),
-            None if arm == baseline else against(arm), residuals[:, column].tolist(),
+            against(arm), residuals[:, column].tolist(),
         )
         for column, arm in enumerate(table)
     }  # fmt: skip

@@ -5,18 +5,15 @@ continues where its runs' checkpoints are, with the bits of one that was not (on
 A run that diverged stays so; a run that failed is reported, the rest go on, and the next call tries it again.
 """
 
-import fcntl
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fathom.errors import UserError
-from fathom.lab.plan import Outcome, Planned, Sweep, outcomes
+from fathom.lab.plan import Outcome, Planned, Sweep, locked, outcomes
 from fathom.lab.sweep_table import Active, Table
 from fathom.models.accounting import activation_bytes, parameters
 from fathom.train.config import RunConfig
@@ -50,19 +47,6 @@ def default_workers(runs: list[Planned], threads: int) -> int:
     free = torch.cuda.mem_get_info(device)[0]
     largest = max({run.config.model: memory_bytes(run.config) for run in runs}.values())
     return max(1, min(4, int(0.9 * free / largest)))
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the sweep's lock; ``UserError`` if another process does."""
-    with writing(folder):
-        lock = (folder / ".lock").open("a")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another sweep runs in {folder}; wait for it, or give another --out") from None
-        yield
 
 
 @dataclass
@@ -120,7 +104,8 @@ def run_sweep(sweep: Sweep, *, workers: int | None = None) -> tuple[list[Outcome
                         active.remove(process)
                         _close(process)
                         planned, code = process.planned, process.handle.returncode
-                        if code not in (0, 1, 130) or (code == 1 and not _diverged(sweep, planned)):
+                        # 130 is a stop that this sweep did not ask for: it saved, and the next call goes on.
+                        if code and not (code == 1 and _diverged(sweep, planned)):
                             why = f"killed by signal {-code}" if code < 0 else _last_line(sweep.log(planned))
                             failed[planned.name] = why
                         table.ended(planned, failed.get(planned.name))

@@ -10,7 +10,6 @@ The run starts, or goes on from its newest checkpoint. It dies with the sweep th
 
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -39,8 +38,7 @@ def execute(folder: Path, name: str) -> int:
         same = replace(found, model=replace(found.model, vocab_size=planned.config.model.vocab_size))
         if same != planned.config:
             raise UserError(f"{run} has other settings than {folder / 'sweep.json'}; delete it to run it anew")
-    elif run.exists():
-        shutil.rmtree(run)  # what a start leaves that was killed before it was a run
+    (run / "diverged.json").unlink(missing_ok=True)  # a damaged one: a run that diverged is not taken up again
     try:
         train(planned.config, run, resume=started)
     except Diverged as error:

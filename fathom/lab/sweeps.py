@@ -12,6 +12,7 @@ The paper's networks are mixtures of experts; these are the base's dense decoder
 arms of a case share data, order, steps and rates: tune the rate on PreNorm first, as the paper did.
 """
 
+import itertools
 import json
 import math
 import re
@@ -74,16 +75,33 @@ def with_settings(config: RunConfig, settings: Iterable[str]) -> RunConfig:
 
 
 def base_config(base: str, settings: Iterable[str] = ()) -> RunConfig:
-    """The base run: a recipe's name or the config.json of a run, with ``settings`` changed and its data's vocabulary."""
+    """The base run: a recipe's name or the config.json of a run, with ``settings`` changed and its data's vocabulary.
+
+    Its rule is not used, since every arm is one; a run of a sweep keeps one checkpoint if ``settings`` do not say otherwise.
+    """
     if base in RECIPES:
         config = RECIPES[base]()
     elif Path(base).is_file():
         config = load_config(Path(base))
     else:
         raise UserError(f"--base {base} is neither a recipe ({', '.join(RECIPES)}) nor a config.json")
-    config = with_settings(config, settings)
+    settings = list(settings)
+    if ruled := next((setting for setting in settings if setting.startswith("model.residual.")), None):
+        raise UserError(f"--set {ruled}: a sweep's arms are its rules; give --arms block:block_size=4 and the like")
+    config = with_settings(replace(config, keep_checkpoints=1), settings)
     vocab_size = Manifest.load(data_folder(config)).vocab_size
-    return replace(config, keep_checkpoints=1, model=replace(config.model, vocab_size=vocab_size))
+    return replace(config, model=replace(config.model, vocab_size=vocab_size))
+
+
+def grid_points(grid: Iterable[str]) -> list[tuple[str, ...]]:
+    """``optim.lr=1e-3,2e-3`` and the like as every combination of ``setting=value``; ``[()]`` for no grid."""
+    axes = []
+    for axis in grid:
+        key, equals, values = axis.partition("=")
+        if not equals or not all(values.split(",")):
+            raise UserError(f"--grid {axis}: give setting=value,value such as optim.lr=1e-3,2e-3,4e-3")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    return list(itertools.product(*axes))
 
 
 def _model(config: RunConfig, **settings: Any) -> RunConfig:
@@ -202,6 +220,22 @@ SWEEPS = {
 def arm_name(arm: str) -> str:
     """``block:block_size=4`` as part of a folder's name."""
     return re.sub(r"[^\w.-]+", "-", arm)
+
+
+def point_name(point: Iterable[str]) -> str:
+    """``("optim.lr=1e-3",)`` as part of a case's name: ``lr1e-3``."""
+    return "-".join(arm_name(setting.rpartition(".")[2].replace("=", "")) for setting in point)
+
+
+def expand_grid(name: str, base: str, settings: Iterable[str], grid: Iterable[str], **chosen: Any) -> list[Planned]:
+    """``expand`` at every point of ``grid``, whose settings are part of the case: arms are compared at equal ones."""
+    settings, runs = list(settings), []
+    for point in grid_points(grid):
+        for run in expand(name, base_config(base, [*settings, *point]), **chosen):
+            prefix = f"{point_name(point)}-" if point else ""
+            case = (point_name(point) if run.case == "base" else prefix + run.case) if point else run.case
+            runs.append(replace(run, name=prefix + run.name, case=case))
+    return runs
 
 
 def expand(

@@ -40,7 +40,8 @@ class Row(NamedTuple):
 
 def random_stream(rule: str, num_sublayers: int = L, dim: int = D) -> Stream:
     """The rule in float64, its parameters (but no gain of a norm) moved from where they start by normal numbers."""
-    config = ResidualConfig(rule=rule, schedule="single_pass", **SETTINGS.get(rule, {}))  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"schedule": "single_pass"} if rule in ("full", "block") else {}
+    config = ResidualConfig(rule=rule, **settings, **SETTINGS.get(rule, {}))  # type: ignore[arg-type]
     stream = make_stream(config, num_sublayers, dim).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

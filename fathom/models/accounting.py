@@ -47,6 +47,8 @@ def _stream(config: ModelConfig) -> Stream:
 
 
 def _read_by_read(config: ModelConfig) -> ResidualConfig:
+    if config.residual.rule not in ("full", "block"):
+        return config.residual
     return replace(config.residual, schedule="single_pass", recompute=None)
 
 

@@ -31,6 +31,9 @@ OPTIONS: dict[str, tuple[Rule, ...]] = {
 }
 """Which rules each setting of ``ResidualConfig`` belongs to; it is None where it is not given."""
 
+GAIN: tuple[Rule, ...] = ("full", "block", "delta", "mhar")
+"""The rules whose key norm can have a learned gain."""
+
 SWITCHES = ("query", "activation", "key_norm", "heads", "window", "isolate_embedding")
 """The settings that exchange a part of AttnRes, as in the paper's ablations (residuals/ablations.py)."""
 
@@ -98,6 +101,10 @@ class ResidualConfig:
             # Not >, so that NaN is refused too; bool is an int.
             if not isinstance(value, str) and not value > 0 and value is not False:
                 raise UserError(f"residual.{name} is {value}: it must be positive")
+        if not self.gain and self.rule not in GAIN:
+            raise UserError(f"residual.gain is of {_listed(GAIN)}, but residual.rule is {self.rule}")
+        if self.schedule != "two_phase" and self.rule not in ("full", "block"):
+            raise UserError(f"residual.schedule is of full or block, but residual.rule is {self.rule}")
         if self.num_blocks is not None and self.block_size is not None:
             raise UserError("residual.num_blocks and residual.block_size are both given: keep one")
         if self.recompute is not None:

@@ -18,6 +18,8 @@ from fathom.models.config import ModelConfig
 class RMSNorm(nn.Module):
     """``weight ⊙ x / sqrt(mean(x²) + eps)`` over the last dim."""
 
+    plain_rms_norm = True
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps

@@ -2,7 +2,7 @@
 
 from fathom.block import BlockAttnRes
 from fathom.full import FullAttnRes
-from fathom.models.config import SWITCHES, ResidualConfig
+from fathom.models.config import GAIN, SWITCHES, ResidualConfig
 from fathom.residuals.ablations import SwitchedAttnRes
 from fathom.residuals.ddl import DeepDelta
 from fathom.residuals.deepnorm import DeepNorm
@@ -57,7 +57,7 @@ def make_stream(config: ResidualConfig, num_sublayers: int, dim: int) -> Stream:
         return PreNorm(num_sublayers, dim)
     if config.rule == "block" and config.num_blocks is None and config.block_size is None:
         options["num_blocks"] = min(RECOMMENDED_BLOCKS, num_sublayers)
-    if config.rule in ("full", "block", "delta", "mhar"):
+    if config.rule in GAIN:
         options["gain"] = config.gain
     if config.rule in RULES:
         return RULES[config.rule](num_sublayers, dim, **options)

@@ -159,6 +159,9 @@ class SwitchedAttnRes(Rule):
             return super().weights(state, site)
         return self._weights(state, site).mean(-1)
 
+    def entropy(self, state: DepthState, site: int) -> Tensor:
+        return torch.special.entr(self._weights(state, site).double()).sum(0).mean(-1)
+
     def flops(self) -> float:
         sources = sum(len(self._names(site)) for site in range(self.num_sublayers + 1))
         projections = 2 * self.dim**2 * (self.num_sublayers + 1) if self.kind == "input" else 0

@@ -35,3 +35,17 @@ CATALOGUE: dict[str, Entry] = {
     "mhar": Entry("MHAR", "Σ_i α^h_i v^h_i for each of H heads", "2607.27230", "PreNorm"),
 }  # fmt: skip
 """By ``ResidualConfig.rule``. h is h_{l-1}, f is f_l of it (its own norm inside where none is shown), rms(v) a normalised v."""
+
+
+SWITCHES: dict[str, str] = {
+    "query=input": "full, block: the query is a projection of the read before",
+    "query=none": "full, block: learned constants instead of scores",
+    "activation=sigmoid": "full, block: weights are not normalised",
+    "key_norm=false": "full, block: keys are the sources themselves",
+    "heads=H": "full, block: each head of D / H channels has its own weights",
+    "window=W": "full: the embedding and the latest W outputs",
+    "block_size=S": "block, delta, lr_attnres, mhar: S sublayers to a block (num_blocks=N: N blocks)",
+    "isolate_embedding=false": "block: the embedding is a term of the first block",
+    "gain=false": "full, block, delta, mhar: no learned gain on the key norm",
+}
+"""The ablation switches by how an arm of a sweep writes them (residuals/ablations.py has their equations)."""

@@ -5,7 +5,8 @@
 v_0 is the embedding and v_i output i; * is a convolution over channels (its width grows with log D, as in the code), σ the
 sigmoid. The original is for images: it pools each channel over space before the convolution, and its values pass a 3 x 3
 convolution. Pooling over tokens would show a token its future, so queries and keys are of each token, and values have a scale per
-channel, λ. Heads have 32 channels. Kernels are 0 at first, so every weight is 1/4 and the network is PreNorm.
+channel, λ. Heads have 32 channels, or the next number that divides D.
+Kernels are 0 at first, so every weight is 1/4 and the network is PreNorm.
 """
 
 import math
@@ -33,7 +34,10 @@ class MRLAState(NamedTuple):
 
 
 class MRLA(Rule):
-    """``heads``: D / 32 if not given. Parameters: ``query_kernel`` and ``key_kernel`` [L+1, w], ``scale`` [L+1, D]."""
+    """``heads``: D / 32 if not given, or the next smaller divisor of D.
+
+    Parameters: ``query_kernel`` and ``key_kernel`` [L+1, w], ``scale`` [L+1, D].
+    """
 
     query_kernel: nn.Parameter
     key_kernel: nn.Parameter
@@ -41,7 +45,8 @@ class MRLA(Rule):
 
     def __init__(self, num_sublayers: int, dim: int, *, heads: int | None = None, eps: float = EPS) -> None:
         super().__init__(num_sublayers, dim, eps=eps)
-        self.heads = max(1, dim // HEAD_DIM) if heads is None else heads
+        most = max(1, dim // HEAD_DIM)
+        self.heads = next(h for h in range(most, 0, -1) if dim % h == 0) if heads is None else heads
         if self.heads < 1 or dim % self.heads:
             raise UserError(f"heads is {self.heads}: it must divide the width, {dim}")
         half = int((math.log2(dim) + 1) / 2)

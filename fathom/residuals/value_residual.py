@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fathom.depth_attention import EPS
+from fathom.errors import UserError
 from fathom.models.layers import AttentionInput, AttentionOutput
 from fathom.residuals.rule import Rule
 from fathom.stream import Norm
@@ -30,6 +31,10 @@ class ValueResidual(Rule):
 
     def __init__(self, num_sublayers: int, dim: int, *, eps: float = EPS) -> None:
         super().__init__(num_sublayers, dim, eps=eps)
+        if num_sublayers % 2:
+            raise UserError(
+                f"num_sublayers is {num_sublayers}: value residual needs pairs of attention and MLP, an even number"
+            )
         self.create()
 
     def initial(self, generator: torch.Generator) -> dict[str, Tensor | list[Tensor]]:

@@ -32,8 +32,10 @@ DEFINITIONS = {
         "root mean square over tokens and channels of the gradient of the summed token losses (nats) with respect to "
         "the output of the decoder layer's MLP; under PreNorm also the gradient of the hidden state after the layer"
     ),
-    "weights": "depth-attention weight of each source, mean over tokens",
-    "entropy_nats": "mean over tokens of the entropy of a token's own depth-attention weights, in nats",
+    "weights": "depth-attention weight of each source, mean over tokens (and heads)",
+    "entropy_nats": (
+        "mean over tokens (and heads, each by itself) of the entropy of a token's own depth-attention weights, in nats"
+    ),
     "effective_sources": "exp(entropy_nats): how many equally weighted sources would have that entropy",
     "update_to_weight": (
         "over all matrices of the decoder layer's attention and MLP: Euclidean norm of the change that the optimizer step "
@@ -72,9 +74,8 @@ class _Sums:
         def observe(site: int, state: Any, output: Tensor | None) -> None:
             with torch.no_grad():
                 if len(self.weights[site]):
-                    weights = stream.weights(state, site).double()
-                    self.weights[site] += weights.flatten(1).sum(1)
-                    self.entropy[site] += torch.special.entr(weights).sum()
+                    self.weights[site] += stream.weights(state, site).double().flatten(1).sum(1)
+                    self.entropy[site] += stream.entropy(state, site).sum()
                 if output is not None and site % 2:
                     after = stream.running_sum(stream.write(state, site, output))
                     self.output_squares[site // 2] += after.double().square().sum()

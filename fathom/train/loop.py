@@ -255,6 +255,10 @@ class Trainer:
         self.lock.close()
 
 
+START_FILES = {".lock", "env.json", "data.json", "tokenizer.json"}
+"""What a run folder may hold before it has a config.json."""
+
+
 def _claim(run: Path, *, resume: bool) -> TextIO:
     """Make (or, to resume, find) the run folder and lock it for this process."""
     try:
@@ -263,7 +267,9 @@ def _claim(run: Path, *, resume: bool) -> TextIO:
         raise UserError(f"run folder {str(run)!r} has a name that is not UTF-8: checkpoints need one that is") from None
     if resume and not (run / "config.json").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.json")
-    if not resume and run.exists() and any(run.iterdir() if run.is_dir() else [run]):
+    left = {path.name for path in run.iterdir()} if run.is_dir() else {run.name} if run.exists() else set()
+    # A start that failed or was killed before it was a run leaves its lock and perhaps some of the rest.
+    if not resume and left and not (".lock" in left and left <= START_FILES):
         if not (run / "config.json").is_file():
             raise UserError(f"{run} exists already and is not a run folder; delete it or give another --out")
         raise UserError(f"{run} exists already; resume it with `fathom train --resume {run}` or give another --out")

@@ -149,7 +149,7 @@ def test_the_map_has_its_axes_and_says_how_sure_its_minimum_is() -> None:
 
 
 def test_figures_draw_what_they_are_given() -> None:
-    fitted = fit_arms(paper_points(), baseline="prenorm", budget=5.6, irreducible=False, draws=50)
+    fitted = fit_arms(paper_points(), baseline="prenorm", budget=5.6, irreducible=False, draws=100)
     lines = residual_figure(paper_points(), fitted, "x").axes[0].get_lines()
     drawn = {str(line.get_label()): list(line.get_ydata()) for line in lines}
     assert drawn["block"] == pytest.approx([1e3 * value for value in fitted["block"].residuals])

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fathom.errors import UserError
 from fathom.lab.dynamics import write_depth
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
+from fathom.residuals import make_stream
 from fathom.train import checkpoint
 from fathom.train.config import RunConfig, save_config
 from fathom.train.dynamics import measure_depth
@@ -115,6 +116,23 @@ def test_weights_are_the_models_own_and_entropy_is_per_token(rule: str) -> None:
     # The entropy of the mean weights is larger, and is not what is asked for.
     last = depth["sites"][-1]
     assert last["entropy_nats"] < -sum(w * math.log(w) for w in last["weights"]) - 1e-3
+
+
+@pytest.mark.parametrize(("rule", "heads"), [("mhar", 2), ("full", 2), ("full", 1)])
+def test_the_entropy_of_several_heads_is_the_mean_of_their_own(rule: str, heads: int) -> None:
+    """Two heads that each read one source have no entropy, although their mean weights have."""
+    settings = ResidualConfig(rule=rule, heads=heads, gain=False)  # type: ignore[arg-type]
+    stream = make_stream(settings, 2, 4)
+    sources = [torch.tensor([[2.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 0.0, 2.0]])]
+    with torch.no_grad():
+        stream.query[1] = torch.tensor([100.0, 0.0, 0.0, 100.0])  # type: ignore[operator]
+    norm = nn.RMSNorm(4)
+    state = stream.write(stream.start(sources[0]), 0, sources[1])
+    _, state = stream.read(state, 1, norm)
+    mean = torch.special.entr(stream.weights(state, 1).double()).sum(0)
+    torch.testing.assert_close(mean, torch.full((1,), math.log(2), dtype=torch.float64))
+    expected = 0.0 if heads == 2 else math.log(2)
+    torch.testing.assert_close(stream.entropy(state, 1), torch.full((1,), expected, dtype=torch.float64))
 
 
 def test_source_counts_are_the_papers() -> None:

@@ -212,8 +212,16 @@ def test_the_baseline_is_prenorm_of_the_same_seed(made: Path) -> None:
     assert baseline(runs[3], runs) is runs[0] and difference(runs[3], runs) == -0.5
     assert difference(runs[0], runs) is None
     assert headline(runs) == (
-        "block-2 has the lowest validation loss, 3.5000 nats per token after 384 tokens, 0.5000 below prenorm-0."
+        "block-2 has the lowest validation loss, 3.5000 nats per token after 384 tokens, 0.5000 below prenorm-0; "
+        "one seed says nothing of how much of that is luck."
     )
+    # Pairs of seeds 1 and 2, -0.75 and -0.25: t of one degree of freedom is 6.314, half the range of both 0.25.
+    pairs = [*runs, seeded(prenorm, 2, 3.75)]
+    assert headline(pairs).endswith(
+        "Over 2 seeds its rule is 0.5000 below PreNorm, 90% interval of the difference -2.0784 to +1.0784, which holds zero."
+    )
+    apart = [*pairs[:2], seeded(block, 0, 3.0), seeded(block, 1, 3.5), seeded(block, 5, 9.0)]
+    assert headline(apart).endswith("90% interval of the difference -1.0000 to -1.0000.")
     assert headline(runs[:2]) == "prenorm-0 has the lowest validation loss, 4.0000 nats per token after 384 tokens."
 
 

@@ -144,6 +144,38 @@ def test_too_few_sizes_are_refused() -> None:
         fit_arms(points, baseline="full", budget=1, irreducible=False)
 
 
+def test_losses_that_do_not_fall_have_no_multiplier() -> None:
+    """Neither a made-up number nor NaN: none, and an interval that says what is not known."""
+    compute = np.geomspace(1, 16, 5)
+    falls = exact(Law(0.0, 2.0, 0.1), compute)
+    rises, flat = Points(compute, np.linspace(1.5, 1.9, 5)), Points(compute, np.full(5, 1.7))
+    for irreducible in (False, True):
+        table = {"prenorm": falls, "rises": rises, "flat": flat}
+        fitted = fit_arms(table, baseline="prenorm", budget=16, irreducible=irreducible, draws=200)
+        assert fitted["rises"].multiplier is None and not fitted["rises"].law.is_power_law
+        assert fitted["flat"].multiplier is None
+        assert fitted["prenorm"].law.is_power_law
+        against = fit_arms(table, baseline="rises", budget=16, irreducible=irreducible, draws=200)
+        assert against["prenorm"].multiplier is None
+    # With as few sizes as a fit allows, some drawn laws rise: they count against both ends, and no end is NaN.
+    random = np.random.default_rng(5)
+    noisy = {
+        name: Points(compute[:4], 1.8 - 0.02 * np.log(compute[:4]) + 0.02 * random.standard_normal(4))
+        for name in ("prenorm", "block")
+    }
+    found = fit_arms(noisy, baseline="prenorm", budget=8, irreducible=True)["block"]
+    assert not np.isnan([*found.exponent.interval, *found.floor.interval, *found.scale.interval]).any()
+    if found.multiplier is not None:
+        assert found.multiplier.interval[0] <= found.multiplier.value <= found.multiplier.interval[1]
+
+
+@pytest.mark.parametrize("settings", [{"draws": 0}, {"draws": -3}, {"budget": math.inf}, {"budget": math.nan}])
+def test_settings_that_give_no_interval_are_refused(settings: dict[str, float]) -> None:
+    name = next(iter(settings))
+    with pytest.raises(UserError, match=f"{name} is {settings[name]}"):
+        fit_arms(paper_points(), **{"baseline": "prenorm", "budget": 5.6, "irreducible": False, **settings})  # type: ignore[arg-type]
+
+
 def test_points_are_means_over_the_seeds_that_all_arms_have() -> None:
     def end(case: str, arm: str, seed: int, loss: float | None, flops: float) -> Outcome:
         planned = Planned(f"{case}-{arm}-{seed}", case, arm, seed, RunConfig())

@@ -14,18 +14,20 @@ from typing import Any
 
 import pytest
 
+from fathom.cli import main
 from fathom.errors import UserError
 from fathom.lab.ablations import table
 from fathom.lab.outcomes import left_out, read_outcomes
 from fathom.lab.plan import Planned, Sweep, make_sweep, outcomes, read_sweep, training_flops
 from fathom.lab.scaling import paper
 from fathom.lab.sweep import run_sweep
+from fathom.lab.sweep_run import execute
 from fathom.lab.sweep_table import newest
-from fathom.lab.sweeps import SWEEPS, base_config, expand, residual, with_settings
+from fathom.lab.sweeps import SWEEPS, base_config, expand, expand_grid, grid_points, residual, with_settings
 from fathom.models.accounting import parameters
 from fathom.models.config import ModelConfig
 from fathom.train.checkpoint import checkpoints
-from fathom.train.config import DataConfig, OptimConfig, RunConfig
+from fathom.train.config import DataConfig, OptimConfig, RunConfig, save_config
 from fathom.train.embedded import embedded
 from fathom.train.loop import train
 
@@ -149,6 +151,103 @@ def test_a_diverging_run_is_marked_and_a_failing_one_reported_and_the_rest_go_on
     assert log.read_bytes() == before  # it would only diverge again
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_that_somebody_else_stops_is_a_failure_that_goes_on(data: Path, tmp_path: Path) -> None:
+    sweep = plan(tmp_path / "sweep", block0=small(data, steps=100_000))
+    run = sweep.run_folder(sweep.runs[0])
+    process = in_process(sweep.folder)
+    wait_until(lambda: newest(run).get("train", {}).get("step", 0) > 3)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and f"fathom.lab.sweep_run\0{sweep.folder}".encode() in cmdline(entry):
+            os.kill(int(entry.name), signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "block0 failed: " in output.decode()
+    assert outcomes(sweep)[0].state == "started"
+
+
+def cmdline(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("summary.json", "{}"), ("summary.json", '{"steps": 40, "val_loss": "low"}'), ("summary.json", '{"steps": 40'),
+        ("diverged.json", "{}"), ("metrics.jsonl", "nothing\n"), ("data.json", "{"), ("config.json", "{"),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_told_and_the_rest_counts(data: Path, tmp_path: Path, file: str, content: str) -> None:
+    sweep = plan(tmp_path / "sweep", a0=small(data), b0=small(data, "prenorm"))
+    for run in map(sweep.run_folder, sweep.runs):
+        pretend_done(run, small(data))
+    run = sweep.run_folder(sweep.runs[0])
+    if file == "metrics.jsonl":
+        (run / "summary.json").unlink()
+    (run / file).write_text(content)
+    found = read_outcomes([sweep.folder])
+    assert [end.state for end in found] == ["damaged", "done"] and found[0].val_loss is None
+    assert file in left_out(found)[0] and "a0 cannot be read: " in left_out(found)[0]
+
+
+def pretend_done(run: Path, config: RunConfig) -> None:
+    run.mkdir(parents=True)
+    save_config(config, run / "config.json")
+    (run / "data.json").write_text('{"tokens_hash": "x"}')
+    (run / "metrics.jsonl").write_text("")
+    (run / "summary.json").write_text(json.dumps({"steps": config.steps, "val_loss": 1.5}))
+
+
+def test_a_loss_that_is_no_number_is_in_no_mean(data: Path, tmp_path: Path) -> None:
+    sweep = plan(tmp_path / "sweep", a0=small(data))
+    run = sweep.run_folder(sweep.runs[0])
+    pretend_done(run, small(data))
+    (run / "summary.json").write_text('{"steps": 40, "val_loss": NaN}')
+    assert outcomes(sweep)[0].state == "diverged"
+
+
+def test_what_a_failed_start_left_is_no_obstacle_and_checkpoints_are_never_deleted(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no dataset"):
+        train(small(tmp_path / "gone"), tmp_path / "run")
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run/.lock").touch()
+    (tmp_path / "run/env.json").write_text("{}")
+    train(small(data, steps=2), tmp_path / "run")
+
+    sweep = plan(tmp_path / "sweep", a0=small(data))
+    kept = sweep.run_folder(sweep.runs[0]) / "checkpoints/step-000005/model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("weeks of work")
+    with pytest.raises(UserError, match="exists already and is not a run folder"):
+        execute(sweep.folder, "a0")
+    assert kept.read_text() == "weeks of work"
+
+
+def test_a_grid_makes_a_case_of_every_point(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"data.folder={data}", "keep_checkpoints=3"]
+    runs = expand_grid("seeds", "quick", settings, ["optim.lr=1e-3,2e-3", "steps=5,6"], seeds=2)
+    assert len(runs) == 2 * 2 * 2 * 2
+    assert runs[0].name == "lr1e-3-steps5-prenorm-seed0" and runs[0].case == "lr1e-3-steps5"
+    assert {(run.config.optim.lr, run.config.steps) for run in runs if run.case == "lr2e-3-steps6"} == {(2e-3, 6)}
+    assert {run.config.keep_checkpoints for run in runs} == {3}
+    scaled = expand_grid("paper-scaling", "quick", settings, ["optim.lr=1e-3"], seeds=1, arms=["block"])
+    assert scaled[0].name == "lr1e-3-194M-block-seed0" and scaled[1].config.optim.lr < 1e-3
+
+
+def test_a_folder_is_listed_and_not_run_dry(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = plan(tmp_path / "sweep", a0=small(data))
+    assert main(["sweep", str(sweep.folder), "--dry-run"]) == 0
+    assert "waiting" in capsys.readouterr().out and not sweep.run_folder(sweep.runs[0]).exists()
+    assert main(["sweep", str(sweep.folder), "--threads", "2"]) == 2
+    values = json.loads((sweep.folder / "sweep.json").read_text())
+    (sweep.folder / "sweep.json").write_text(json.dumps({**values, "runs": []}))
+    with pytest.raises(UserError, match="it has no runs"):
+        read_sweep(sweep.folder)
+
+
 def test_a_plan_loads_back_and_another_is_refused(data: Path, tmp_path: Path) -> None:
     sweep = plan(tmp_path / "sweep", a0=small(data), b0=small(data, "prenorm"))
     assert read_sweep(sweep.folder) == sweep
@@ -248,6 +347,9 @@ def test_arms_cases_and_settings_are_read_or_refused_by_name() -> None:
         (lambda: expand("seeds", base(), cases=["w45"]), "no case 'w45'"),
         (lambda: expand("seeds", base(), seeds=0), "seeds is 0"),
         (lambda: base_config("quikc"), "neither a recipe"),
+        (lambda: base_config("quick", ["model.residual.num_blocks=4"]), "a sweep's arms are its rules"),
+        (lambda: grid_points(["optim.lr"]), "--grid optim.lr"),
+        (lambda: grid_points(["optim.lr=1e-3,"]), "--grid optim.lr"),
     ):
         with pytest.raises(UserError, match=message):
             wrong()

@@ -7,8 +7,9 @@ from typing import get_args
 import pytest
 
 from fathom.cli import main
+from fathom.lab.sweeps import residual
 from fathom.lab.table_5 import table_5
-from fathom.models.config import ModelConfig, ResidualConfig, Rule
+from fathom.models.config import SWITCHES, ModelConfig, ResidualConfig, Rule
 from fathom.residuals.catalogue import CATALOGUE
 from fathom.train.config import DataConfig, OptimConfig, RunConfig
 from fathom.train.loop import train
@@ -35,14 +36,28 @@ def test_the_catalogue_has_every_rule_in_the_order_of_the_config() -> None:
 
 def test_residuals_lists_every_rule_with_its_costs(capsys: Capture) -> None:
     assert main(["residuals", "--dim", "64", "--layers", "2", "--json"]) == 0
-    rows = {row["rule"]: row for row in json.loads(capsys.readouterr().out)}
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["rule"]: row for row in found["rules"]}
     assert rows.keys() == CATALOGUE.keys()
+    for switch, meaning in found["switches"].items():
+        values = switch.replace("=H", "=2").replace("=W", "=2").replace("=S", "=2")
+        for rule in meaning.split(":")[0].split(", "):
+            residual(f"{rule}:{values}")
+    assert {setting for switch in found["switches"] for setting in [switch.split("=")[0]]} >= set(SWITCHES)
+    assert rows["prenorm"]["added_bytes_per_token"] == 0 and rows["mhc"]["added_bytes_per_token"] == 3 * 128
     assert rows["rezero"]["parameters"] == 4 and rows["rezero"]["state_bytes_per_token"] == 128
     assert (
         rows["mhc"]["state_bytes_per_token"] == 4 * 128 and rows["value_residual"]["state_bytes_per_token"] == 2 * 128
     )
     assert rows["prenorm"]["flops_per_token"] == 0 < rows["rezero"]["flops_per_token"] == 4 * 64
     assert rows["mhar"]["mean_sources"] == 3 and rows["mhc"]["mean_sources"] is None
+
+
+def test_residuals_lists_what_fits_a_width_and_says_what_does_not(capsys: Capture) -> None:
+    assert main(["residuals", "--dim", "30", "--layers", "2", "--json"]) == 0
+    refused = {row["rule"]: row["refused"] for row in json.loads(capsys.readouterr().out)["rules"] if "refused" in row}
+    assert list(refused) == ["mhar"] and "heads is 4" in refused["mhar"]
+    assert main(["residuals", "--dim", "0"]) == 2
 
 
 def test_mixing_without_a_run_is_table_5(tmp_path: Path, capsys: Capture) -> None:

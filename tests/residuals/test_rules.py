@@ -232,6 +232,8 @@ def test_names_and_weights_agree_where_there_is_depth_attention(case: str) -> No
         ({"rule": "delta", "num_blocks": 2, "block_size": 2}, "both given"),
         ({"rule": "keel", "alpha": float("nan")}, "residual.alpha is nan: it must be positive"),
         ({"rule": "mhar", "heads": 0}, "residual.heads is 0: it must be positive"),
+        ({"rule": "mhc", "gain": False}, "residual.gain is of full, block, delta or mhar, but residual.rule is mhc"),
+        ({"rule": "rezero", "schedule": "single_pass"}, "residual.schedule is of full or block"),
         ({"rule": "densenet"}, "residual.rule is 'densenet': it must be one of prenorm, full"),
     ],
 )  # fmt: skip
@@ -259,6 +261,16 @@ def test_wrong_combinations_are_refused_by_name(settings: dict[str, Any], messag
 def test_what_does_not_fit_the_model_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_stream(ResidualConfig(**settings), L, D)
+
+
+def test_mrlas_heads_divide_any_width() -> None:
+    heads = {dim: make_stream(ResidualConfig(rule="mrla"), L, dim).heads for dim in (8, 30, 64, 1000, 1024)}
+    assert heads == {8: 1, 30: 1, 64: 2, 1000: 25, 1024: 32}
+
+
+def test_value_residual_needs_pairs_of_sublayers() -> None:
+    with pytest.raises(UserError, match="num_sublayers is 5: value residual needs pairs"):
+        make_stream(ResidualConfig(rule="value_residual"), 5, D)
 
 
 def test_every_rule_keeps_its_settings() -> None:
