@@ -93,6 +93,10 @@ COMMANDS = {
     "lab pruning": Command(
         "Measure how much the loss rises when a layer writes nothing.", "fathom lab pruning runs/full"
     ),
+    "lab evidence": Command(
+        "Write a world of the scientist about your runs, and candidates for the next one.",
+        "fathom lab evidence runs/scaling --world multiplier --out worlds/scaling",
+    ),
     "lab mixing": Command(
         "Read a run as one matrix over depth, with its ranks; or print the paper's Table 5.",
         "fathom lab mixing runs/full",

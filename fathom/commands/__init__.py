@@ -6,7 +6,7 @@ people or, with `--json`, as one JSON value; all else goes to standard error.
 
 from collections.abc import Callable
 
-from fathom.commands import ask, data, hf, lab, measure, mixing, runs, sample, sweep
+from fathom.commands import ask, data, evidence, hf, lab, measure, mixing, runs, sample, sweep
 from fathom.commands.output import Function
 
 COMMANDS: dict[str, Callable[[], Function]] = {
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "lab depth-width": lab.depth_width,
     "lab dynamics": lab.dynamics,
     "lab pruning": lab.pruning,
+    "lab evidence": evidence.evidence,
     "lab mixing": mixing.mixing,
     "ask prob": ask.prob,
     "ask interval": ask.interval,

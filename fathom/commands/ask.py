@@ -165,32 +165,51 @@ def predict() -> Function:
 def next_run() -> Function:
     def run(
         world: Positional[WorldArg], candidates: Positional[Path], about: str = "theories", cost: str | None = None,
-        top: int = 10, log: LogArg = None, as_json: Json = False,
+        together: str | None = None, batch: int = 1, top: int = 10, log: LogArg = None, as_json: Json = False,
     ) -> int:  # fmt: skip
         """Which of your candidate runs would teach most, per unit of cost.
 
         Args:
-            candidates: A .csv, .jsonl or .json file with a design a row.
+            candidates: A .csv, .jsonl or .json file with a design a row, such as `fathom lab evidence` writes.
             about: theories, parameters, an event or a quantity.
             cost: The column of the file that holds each run's cost.
+            together: A column: runs with the same value there are one experiment, and its information has two bounds.
+            batch: How many experiments to choose one after another, each given those before it.
             top: How many to print.
         """
-        answer = _scientist(world).recommend(_rows(candidates), about, cost)
+        answer = _scientist(world).recommend(_rows(candidates), about, cost, together, batch)
 
         def show(result: dict[str, Any]) -> str:
             rows = [["run", "nats", "of what is not known", "nats per cost", "outside the data"]]
             for each in result["ranked"][:top]:
-                name = " ".join(
-                    f"{k}={v:g}" if isinstance(v, float | int) else f"{k}={v}" for k, v in each["design"].items()
-                )
                 share = "" if each["share"] is None else f"{each['share']:.1%}"
                 far = "a new level" if each["outside_the_data"] is None else f"{each['outside_the_data']:.2g}"
-                rows.append([name, f"{each['nats']:.4f}", share, f"{each['nats_per_cost']:.3g}", far])
-            return f"{columns(rows)}\n{result['advice']}"
+                rows.append([_experiment(each), _nats(each), share, f"{each['nats_per_cost']:.3g}", far])
+            text = f"{columns(rows)}\n{result['advice']}"
+            if not result["told_apart"]:
+                text += "; the first two are not told apart"
+            if steps := result.get("batch"):
+                rows = [["batch, in this order", "nats together", "cost together"]]
+                rows += [[_experiment(each), _nats(each), f"{each['cost']:.3g}"] for each in steps]
+                text += f"\n\n{columns(rows)}"
+            return text
 
         return _tell(answer, log, as_json, show)
 
     return run
+
+
+def _experiment(row: dict[str, Any]) -> str:
+    return " & ".join(
+        " ".join(f"{k}={v:g}" if isinstance(v, float | int) else f"{k}={v}" for k, v in design.items())
+        for design in row.get("designs", [row.get("design")])
+    )
+
+
+def _nats(row: dict[str, Any]) -> str:
+    if row["lower"] == row["upper"]:
+        return f"{row['nats']:.4f}"
+    return f"{row['lower']:.4f} to {row['upper']:.4f} ± {row['mc_se']:.4f}"
 
 
 def guard() -> Function:

@@ -135,6 +135,16 @@ def _thin(weights: Array, count: int | None) -> Array | None:
     return np.minimum(np.searchsorted(np.cumsum(weights), points), len(weights) - 1)
 
 
+def few(fit: Fit, count: int) -> Fit:
+    """``fit`` with at most ``count`` equally weighted draws of its posterior, and no closed form."""
+    params, weights = fit.draws
+    count = min(count, len(weights))
+    points = (np.arange(count) + 0.5) / count
+    kept = np.minimum(np.searchsorted(np.cumsum(weights), points), len(weights) - 1)
+    lighter = {name: each[kept] for name, each in params.items()}
+    return replace(fit, linear=None, make_draws=lambda: (lighter, np.full(count, 1 / count)))
+
+
 def seed(world: World, *also: int) -> np.random.Generator:
     """A generator that depends on the numbers of the world, not on its words."""
     text = hashlib.sha256(world.y.tobytes() + world.extra.tobytes() + repr(also).encode()).digest()

@@ -104,8 +104,16 @@ def gain(groups: list[Group]) -> float:
     return max(float((each.sum(0) * weights).sum()), 0.0)
 
 
-def gain_about_parameters(group: Group) -> float:
-    """Expected information about a theory's own parameters: entropy of the mixture less that of its kernels."""
+def gain_about_parameters(group: Group, noise_scales: Array | None = None) -> float:
+    """Expected information about a theory's own parameters: entropy of what it predicts less that of its noise.
+
+    Draws stand for the posterior, and a density averaged over N draws is too uneven: its entropy is too low by
+    half the sum of Var(f) / f, Var(f) = (mean of k^2 - f^2) / N with k the kernels, which is added again.
+
+    Args:
+        noise_scales: The noise scale of each component [K], if the components are not kernels of the noise but exact
+            predictions given each noise scale; there is then nothing to correct.
+    """
     means, scales = group.means, group.scales
     if group.noise.discrete:
         y, weights = grid([group])
@@ -115,7 +123,7 @@ def gain_about_parameters(group: Group) -> float:
         )
     else:
         low, high = float((means - 9 * scales).min()), float((means + 9 * scales).max())
-        step = float(scales.min()) / 4
+        step = float(scales.min()) / 3
         count = int(min(max((high - low) / step, 400), 4000))
         y = np.linspace(low, high, count)
         weights = np.full(count, y[1] - y[0])
@@ -124,7 +132,13 @@ def gain_about_parameters(group: Group) -> float:
             z = np.linspace(-400, 400, 200_001)
             log = noises.log_density(group.noise, z, np.array(0.0), np.array(1.0), group.nu)
             unit = float(-(np.exp(log) * log).sum() * (z[1] - z[0]))
-        inner = unit + float(np.log(scales) @ group.weights)
-    log = group.log_density(y)
-    outer = -float((np.where(np.isfinite(log), np.exp(log) * log, 0.0) * weights).sum())
+        inner = unit + float(np.log(scales if noise_scales is None else noise_scales) @ group.weights)
+        kernels = noises.log_density(group.noise, y[:, None], means, scales, group.nu)
+    each = np.exp(kernels)
+    density = each @ group.weights
+    seen = density > 0
+    outer = -float((density[seen] * np.log(density[seen]) * weights[seen]).sum())
+    if noise_scales is None:
+        uneven = (each[seen] ** 2 @ group.weights**2 - density[seen] ** 2 * (group.weights**2).sum()) / density[seen]
+        outer += 0.5 * float((uneven * weights[seen]).sum())
     return max(outer - inner, 0.0)

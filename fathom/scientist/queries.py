@@ -1,4 +1,4 @@
-"""The arithmetic of questions about a posterior: events, quantities, harm and expected information, over all theories.
+"""The arithmetic of questions about a posterior: events, quantities and harm, over all theories.
 
 A theory that does not say what a quantity is keeps its probability as *unsaid*: the answer is of the theories that say, and
 its bounds allow the others any answer.
@@ -17,14 +17,13 @@ from fathom.scientist.diagnostics import effective_size
 from fathom.scientist.evaluation import Unsaid, degrees, quantities
 from fathom.scientist.expression import Call, Node, Number, Text, is_event, parse
 from fathom.scientist.fitting import MIN_ESS, Fit, seed
-from fathom.scientist.information import Group, entropy, gain, gain_about_parameters
 from fathom.scientist.posterior import Posterior
 from fathom.scientist.predictive import quantiles
 from fathom.scientist.world import World
 
 Array = np.ndarray
 Values = dict[str, Any]
-MIN_PREMISE, BINS, DRAWS = 1e-4, 10, 256
+MIN_PREMISE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -166,78 +165,3 @@ def designs_in(tree: Node, world: World) -> list[Values]:
     for each in (*tree.arguments, *(value for _, value in tree.keywords)):
         found += designs_in(each, world)
     return found
-
-
-def gains(posterior: Posterior, designs: list[Values], about: str) -> tuple[float | None, list[float]]:
-    """What is not known about a question, and what one outcome at each design is expected to tell of it, in nats.
-
-    Args:
-        about: theories, parameters, an event, or a quantity (in which tenth of its posterior it lies).
-    """
-    if about == "theories":
-        return entropy(posterior.probabilities), _about_theories(posterior, designs)
-    tree = None if about == "parameters" else parse(about)
-    drawn: list[tuple[Fit, float, Array, Array, Array]] = []
-    for fit, p in zip(posterior.fits, posterior.probabilities, strict=True):
-        if p < 1e-6:
-            continue
-        params, weights = fit.draws
-        count = min(DRAWS, len(weights))
-        picked = np.minimum(np.searchsorted(np.cumsum(weights), (np.arange(count) + 0.5) / count), len(weights) - 1)
-        try:
-            value = fit.value(tree)[picked] if tree is not None else np.zeros(count)
-        except Unsaid:
-            continue
-        few = {name: each[picked] for name, each in params.items()}
-        own = replace(fit, linear=None, make_draws=lambda few=few, count=count: (few, np.full(count, 1 / count)))  # type: ignore[misc]
-        _, means, scales = own.components(designs)
-        drawn.append((fit, float(p), means, scales, value))
-    if not drawn:
-        raise Abstain("no_adequate_theory", "no theory that has any probability says what this is")
-    if tree is None:
-        return None, _about_parameters(drawn, len(designs))
-    return _about_question(drawn, len(designs), is_event(tree))
-
-
-def _about_theories(posterior: Posterior, designs: list[Values]) -> list[float]:
-    mixtures = [fit.components(designs, 24 if fit.linear is not None else 200) for fit in posterior.fits]
-    result = []
-    for i in range(len(designs)):
-        groups = [
-            Group(float(p), weights, means[i], scales[i], fit.theory.noise, degrees(fit.theory))
-            for fit, p, (weights, means, scales) in zip(posterior.fits, posterior.probabilities, mixtures, strict=True)
-        ]
-        result.append(gain([group for group in groups if group.p > 1e-6]))
-    return result
-
-
-def _about_parameters(drawn: list[tuple[Fit, float, Array, Array, Array]], count: int) -> list[float]:
-    total = np.zeros(count)
-    for fit, p, means, scales, _ in drawn:
-        weights = np.full(means.shape[1], 1 / means.shape[1])
-        for i in range(count):
-            total[i] += p * gain_about_parameters(
-                Group(1.0, weights, means[i], scales[i], fit.theory.noise, degrees(fit.theory))
-            )
-    return total.tolist()
-
-
-def _about_question(
-    drawn: list[tuple[Fit, float, Array, Array, Array]], count: int, yes_or_no: bool
-) -> tuple[float, list[float]]:
-    said = sum(p for _, p, *_ in drawn)
-    values = np.concatenate([value for *_, value in drawn])
-    shares = np.concatenate([np.full(len(value), p / said / len(value)) for _, p, _, _, value in drawn])
-    if yes_or_no:
-        bins = (values != 0).astype(int)
-    else:
-        bins = np.searchsorted(np.unique(quantiles(values, shares, [k / BINS for k in range(1, BINS)])), values)
-    means, scales = (np.concatenate([each[k] for each in drawn], 1) for k in (2, 3))
-    kinds = [bins == kind for kind in np.unique(bins)]
-    sizes = [float(shares[inside].sum()) for inside in kinds]
-    theory = drawn[0][0].theory
-    return entropy(np.array(sizes)), [
-        gain([Group(size, shares[inside] / size, means[i, inside], scales[i, inside], theory.noise, degrees(theory))
-              for size, inside in zip(sizes, kinds, strict=True)])
-        for i in range(count)
-    ]  # fmt: skip

@@ -22,12 +22,12 @@ from fathom.scientist.influence import leave_one_out
 from fathom.scientist.information import entropy
 from fathom.scientist.posterior import Budget, Posterior, infer
 from fathom.scientist.predictive import moments, outcome_quantiles, quantiles, score_rows
+from fathom.scientist.recommend import experiments, rank
 from fathom.scientist.world import World
 
 Values = dict[str, Any]
-REACH, ADEQUATE, WORTH = 0.5, 0.5, 0.01
-"""How far outside the data is answered (decades, or spans of the data), the flexible theory's largest probability, and the
-share of what is not known that an experiment must be expected to tell to be worth running."""
+REACH, ADEQUATE = 0.5, 0.5
+"""How far outside the data is answered (decades, or spans of the data), and the flexible theory's largest probability."""
 
 
 class Scientist:
@@ -125,39 +125,36 @@ class Scientist:
 
         return self._answer("predict", {"design": at, "level": level}, ask)
 
-    def recommend(self, candidates: list[Values], about: str = "theories", cost: str | None = None) -> Answer:
+    def recommend(
+        self,
+        candidates: list[Values],
+        about: str = "theories",
+        cost: str | None = None,
+        together: str | None = None,
+        batch: int = 1,
+    ) -> Answer:
         """The caller's candidates, ranked by expected information per unit of cost.
 
         Args:
-            candidates: Designs; each may also give its cost in a further column.
+            candidates: Designs; each may also give its cost and its experiment in further columns.
             about: theories, parameters, an event or a quantity of this world.
-            cost: The name of that column, which may be a design; each costs 1 if not given.
+            cost: The name of the cost's column, which may be a design; each costs 1 if not given.
+            together: The name of a column: rows with the same value there are one experiment, and cost their sum.
+            batch: How many experiments to choose one after another, each given those before it.
         """
         if not 1 <= len(candidates) <= 100_000:
             raise UserError("give 1 to 100,000 candidates")
-        designs = [
-            self.world.design({k: v for k, v in each.items() if k != cost or k in self.world.designs})
-            for each in candidates
-        ]
+        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= 16:
+            raise UserError("a batch has 1 to 16 experiments")
+        extra = {cost, together} - {None} - self.world.designs.keys()
+        designs = [self.world.design({k: v for k, v in each.items() if k not in extra}) for each in candidates]
         costs = [1.0 if cost is None else _positive(each.get(cost), cost) for each in candidates]
-
-        def ask() -> Values:
-            remaining, gains = queries.gains(self.posterior, designs, about)
-            rows = []
-            for design, price, nats in zip(designs, costs, gains, strict=True):
-                share = None if remaining is None else nats / remaining if remaining > 0 else 0.0
-                rows.append({"design": design, "cost": price, "nats": nats, "share": share, "nats_per_cost": nats / price,
-                             "worth_running": share is None or share >= WORTH,
-                             "outside_the_data": self.world.outside(design)})  # fmt: skip
-            rows.sort(key=lambda row: -plain(row["nats_per_cost"]))
-            worth = any(row["worth_running"] for row in rows)
-            return {
-                "remaining_nats": remaining,
-                "ranked": rows,
-                "advice": "run the first" if worth else "not worth running",
-            }
-
-        return self._answer("recommend", {"candidates": designs, "costs": costs, "about": about}, ask)
+        labels = [None if together is None else _label(each.get(together), together) for each in candidates]
+        query = {"candidates": designs, "costs": costs, "about": about, "together": labels, "batch": batch}
+        made = experiments(list(zip(designs, costs, labels, strict=True)))
+        if len(made) > 2_000 and (together or batch > 1):
+            raise UserError("experiments of several runs, and batches, are chosen from 2,000 candidates at most")
+        return self._answer("recommend", query, lambda: rank(self.posterior, made, about, batch))
 
     def guard(self, design: Values, harm: str, threshold: float, delta: float) -> Answer:
         """Whether to admit a run at ``design``: three bounds on P(harm), and a decision by the cautious one.
@@ -285,3 +282,9 @@ def _positive(value: Any, name: str) -> float:
     if number <= 0:
         raise UserError(f"{name} must be positive: {number:g} is not")
     return number
+
+
+def _label(value: Any, name: str) -> str:
+    if not isinstance(value, str | int | float) or isinstance(value, bool) or value == "":
+        raise UserError(f"{name} names each row's experiment: {value!r} does not")
+    return str(value)
