@@ -9,7 +9,9 @@ import pytest
 
 from fathom.errors import UserError
 from fathom.scientist.document import canonical
-from fathom.scientist.log import GENESIS, Log, _hash, included, inclusion, leaf, node, read_checkpoint, root
+from fathom.scientist.log import GENESIS, Log, _hash
+from fathom.scientist.merkle import included, inclusion, leaf, node, root
+from fathom.scientist.signing import read_checkpoint
 
 KEY = bytes(range(32))
 
