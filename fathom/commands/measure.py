@@ -63,7 +63,9 @@ def residuals() -> Function:
             f"bf16, beyond PreNorm's {2 * dim:,}\n"
         )
         print(columns(rows) + "\n")
-        print("\n".join(f"{r['rule']}: {r['refused']}" for r in rules if "refused" in r))
+        for r in rules:
+            if "refused" in r:
+                print(f"{r['rule']} is not for this width: {r['refused']}\n")
         print("\n".join(f"{r['rule']:<17}  {r['equation']}" for r in rules) + "\n")
         print("Switches, as an arm of a sweep writes them (block:heads=4) or as --model.residual.heads 4:")
         print("\n".join(f"{switch:<23}  {meaning}" for switch, meaning in SWITCHES.items()))

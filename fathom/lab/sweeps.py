@@ -224,7 +224,8 @@ def arm_name(arm: str) -> str:
 
 def point_name(point: Iterable[str]) -> str:
     """``("optim.lr=1e-3",)`` as part of a case's name: ``lr1e-3``."""
-    return "-".join(arm_name(setting.rpartition(".")[2].replace("=", "")) for setting in point)
+    settings = [setting.partition("=") for setting in point]
+    return "-".join(arm_name(key.rpartition(".")[2] + value) for key, _, value in settings)
 
 
 def expand_grid(name: str, base: str, settings: Iterable[str], grid: Iterable[str], **chosen: Any) -> list[Planned]:

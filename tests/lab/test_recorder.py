@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from fathom.lab.sweeps import residual
 from fathom.models.config import ModelConfig
 from fathom.models.transformer import Transformer
 from fathom.train import checkpoint
-from fathom.train.config import DataConfig, OptimConfig, RunConfig
+from fathom.train.config import DataConfig, OptimConfig, RunConfig, to_dict
 from fathom.train.dynamics import DEFINITIONS, Recorder, measure_depth
 from fathom.train.embedded import embedded
 from fathom.train.loop import Diverged, StepResult, Trainer, resume, train
@@ -70,6 +73,25 @@ def test_recording_changes_no_bit_of_training(data: Path, tmp_path: Path, rule: 
     about = json.loads((tmp_path / "with/dynamics.json").read_text())
     assert about["definitions"] == DEFINITIONS and set(seen[0]["layers"][0]) <= DEFINITIONS.keys()
     assert not (tmp_path / "without/dynamics.json").exists()
+
+
+@pytest.mark.slow
+def test_recording_changes_no_bit_of_a_compiled_run(data: Path, tmp_path: Path) -> None:
+    """The probe has another shape than the batch: were the model compiled for both, it might train on with other kernels."""
+    processes = []
+    for name, every in (("without", 0), ("with", 2)):
+        config = small(data, "block", steps=5, compile="layers", dynamics_every=every)
+        # A process of its own, since the types that tests check at run time cannot be compiled.
+        code = (
+            "import json, sys; from pathlib import Path; from fathom.train.config import RunConfig, from_dict; "
+            "from fathom.train.loop import train; train(from_dict(RunConfig, json.loads(sys.argv[1])), Path(sys.argv[2]))"
+        )
+        command = [sys.executable, "-c", code, json.dumps(to_dict(config)), str(tmp_path / name)]
+        processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    assert [process.wait(300) for process in processes] == [0, 0]
+    assert rows(tmp_path / "with", dynamics=False) == rows(tmp_path / "without", dynamics=False)
+    assert tensors(tmp_path / "with") == tensors(tmp_path / "without")
+    assert [row["step"] for row in rows(tmp_path / "with", dynamics=True) if row["kind"] == "dynamics"] == [2, 4]
 
 
 def test_a_record_is_of_the_model_after_the_step(data: Path, tmp_path: Path) -> None:

@@ -228,10 +228,10 @@ def test_what_a_failed_start_left_is_no_obstacle_and_checkpoints_are_never_delet
 
 def test_a_grid_makes_a_case_of_every_point(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [f"data.folder={data}", "keep_checkpoints=3"]
-    runs = expand_grid("seeds", "quick", settings, ["optim.lr=1e-3,2e-3", "steps=5,6"], seeds=2)
+    runs = expand_grid("seeds", "quick", settings, ["optim.lr=1e-3,2.5e-3", "steps=5,6"], seeds=2)
     assert len(runs) == 2 * 2 * 2 * 2
     assert runs[0].name == "lr1e-3-steps5-prenorm-seed0" and runs[0].case == "lr1e-3-steps5"
-    assert {(run.config.optim.lr, run.config.steps) for run in runs if run.case == "lr2e-3-steps6"} == {(2e-3, 6)}
+    assert {(run.config.optim.lr, run.config.steps) for run in runs if run.case == "lr2.5e-3-steps6"} == {(2.5e-3, 6)}
     assert {run.config.keep_checkpoints for run in runs} == {3}
     scaled = expand_grid("paper-scaling", "quick", settings, ["optim.lr=1e-3"], seeds=1, arms=["block"])
     assert scaled[0].name == "lr1e-3-194M-block-seed0" and scaled[1].config.optim.lr < 1e-3
