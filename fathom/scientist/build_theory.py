@@ -1,5 +1,6 @@
 """From a theory's part of a document to a theory: priors, mean, noise, quantities, drift."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,13 +68,32 @@ def build_theory(
     if len(issues.found) > before or noise is None:
         return None
     theory = Theory(str(given["id"]), str(given.get("says", "")), params, mean, noise, quantities, length, prior, role)
-    if "drift" in given:
+    if "drift" in given and "beyond" in given:
+        issues.add((*path, "beyond"), "give `drift` or `beyond`, not both")
+    elif "drift" in given:
         with issues.at(*path, "drift"):
             return with_drift(theory, keys(given["drift"], "drift", issues, (*path, "drift")), designs)
+    if "beyond" in given:
+        with issues.at(*path, "beyond"):
+            theory = _with_edge(theory, keys(given["beyond"], "beyond", issues, (*path, "beyond")), designs)
     choices = [prior.family == "choice" for prior in params.values()]
     if any(choices) and not all(choices):
         issues.add((*path, "params"), "choice(...) is for theories all of whose parameters are choices")
     return theory
+
+
+def _with_edge(theory: Theory, beyond: dict[str, Any], designs: dict[str, Design]) -> Theory:
+    budget = parse(str(beyond.get("budget", "")))
+    if theory.noise.discrete:
+        raise UserError("`beyond` is for real outcomes")
+    for name in names(budget):
+        if name not in designs or not designs[name].log:
+            raise UserError(f"{name} in `beyond` is no design with log: true")
+    _known(budget, set(designs), "`beyond`")
+    if not names(budget):
+        raise UserError("the `budget` of `beyond` is an expression of designs, such as 6*N*D")
+    rate = finite(beyond["per_decade"], "per_decade", positive=True) if "per_decade" in beyond else None
+    return replace(theory, edge=budget, edge_rate=rate, bits=theory.bits + bits(budget))
 
 
 def _known(tree: Node, known: set[str], what: str, functions: set[str] = frozenset()) -> None:  # type: ignore[assignment]

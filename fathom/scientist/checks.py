@@ -11,10 +11,11 @@ KEYS = {
     "": {"world", "outcome", "designs", "quantities", "theories", "evidence", "prior_of_other", "notes", "version"},
     "outcome": {"name", "center", "spread", "noise", "unit"},
     "design": {"levels", "low", "high", "log", "unit"},
-    "theory": {"id", "says", "params", "mean", "noise", "quantities", "bits", "prior", "role", "drift"},
+    "theory": {"id", "says", "params", "mean", "noise", "quantities", "bits", "prior", "role", "drift", "beyond"},
     "data": {"kind", "source", "file", "rows", "data", "sha256", "read_from", "noise"},
     "claim": {"kind", "who", "about", "value", "within", "otherwise", "reliability", "source"},
     "drift": {"along", "per_decade"},
+    "beyond": {"budget", "per_decade"},
 }
 
 

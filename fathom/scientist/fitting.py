@@ -35,14 +35,17 @@ from fathom.scientist.evaluation import (
     value,
 )  # fmt: skip
 from fathom.scientist.expression import Name, Node, calls, evaluate, names
+from fathom.scientist.extrapolation import Edge
 from fathom.scientist.gaussian import Linear, LinearPosterior, solve
 from fathom.scientist.priors import Prior
-from fathom.scientist.sampler import Effort, sample
+from fathom.scientist.sampler import LADDER, Effort, sample
 from fathom.scientist.world import Theory, World
 
 Array = np.ndarray
 MAX_K, MIN_ESS, MAX_GAP = 0.7, 400.0, 0.2
 """The gates: Pareto k, effective sample size, agreement of the replicates' log evidences."""
+MANY = 4096
+"""Draws that stand for a posterior beyond its rows."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Fit:
     report: Report
     make_draws: Callable[[], tuple[dict[str, Array], Array]]
     linear: LinearPosterior | None = None
+    edge: Edge | None = None
 
     @cached_property
     def draws(self) -> tuple[dict[str, Array], Array]:
@@ -100,6 +104,9 @@ class Fit:
         Args:
             count: About how many components at most; all if not given.
         """
+        beyond = self.edge.distance(designs) if self.edge is not None else np.zeros(1)
+        if self.edge is not None and beyond.any():
+            return self._beyond(self.edge, beyond, designs, count)
         if self.linear is not None:
             table = columns(self.world, designs)
             offset, features = features_of(self.theory, table, len(designs))
@@ -120,6 +127,14 @@ class Fit:
         shape = (len(weights), len(designs))
         mean = np.broadcast_to(evaluate(self.theory.mean, environment), shape)
         return weights, mean.T, np.broadcast_to(spread(self.theory, environment), shape).T
+
+    def _beyond(
+        self, edge: Edge, beyond: Array, designs: list[Values], count: int | None
+    ) -> tuple[Array, Array, Array]:
+        """``components`` where some designs lie beyond the rows: each component has a bias of its own."""
+        inside = replace(few(self, count or MANY), edge=None)
+        weights, means, scales = inside.components(designs)
+        return weights, means + np.sqrt(beyond)[:, None] * edge.biases(len(weights)), scales
 
     def log_rows(self) -> Array:
         """Log density of every row under every draw [P, n]."""
@@ -153,6 +168,14 @@ def seed(world: World, *also: int) -> np.random.Generator:
 
 def fit(world: World, index: int, effort: Effort) -> Fit:
     """Theory ``index`` of a world after its evidence."""
+    found = _fit(world, index, effort)
+    theory = world.theories[index]
+    if theory.edge is None:
+        return found
+    return replace(found, edge=Edge(world, theory.edge, theory.edge_rate, lambda fewer: _fit(fewer, index, LADDER[0])))
+
+
+def _fit(world: World, index: int, effort: Effort) -> Fit:
     theory = world.theories[index]
     if theory.linear:
         found = _linear(world, theory, index)

@@ -25,10 +25,7 @@ def without(posterior: Posterior, row: int) -> tuple[Posterior, float]:
     """The posterior without a row, and the worst Pareto k of the reweighting (-inf if none was needed)."""
     world = posterior.world
     kept = np.delete(np.arange(len(world.y)), row)
-    smaller = replace(
-        world, data={name: each[kept] for name, each in world.data.items()}, y=world.y[kept], extra=world.extra[kept],
-        sources=tuple(world.sources[i] for i in kept),
-    )  # fmt: skip
+    smaller = world.keeping(kept)
     fits, worst = [], -math.inf
     for index, each in enumerate(posterior.fits):
         exact = each.linear is not None and len(world.y) <= SOLVED_ANEW

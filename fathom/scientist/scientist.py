@@ -120,7 +120,7 @@ class Scientist:
                 "sd": math.sqrt(float(p @ variances) + between), "outside_the_data": self.world.outside(at),
                 "epistemic": {"by_theory": by_theory, "between_theories": math.sqrt(between)},
             }  # fmt: skip
-            self._check_reach(result, at)
+            self._check_reach(result, at, outcome=True)
             return result
 
         return self._answer("predict", {"design": at, "level": level}, ask)
@@ -188,7 +188,7 @@ class Scientist:
                 "valid_if": f"one of the {len(p)} theories is true and had a prior of at least {least:.3g}: then the "
                             f"cautious bound holds at all times with probability {1 - delta:g}",
             }  # fmt: skip
-            self._check_reach(result, at)
+            self._check_reach(result, at, outcome=True)
             return result
 
         return self._answer("guard", {"design": at, "harm": harm, "threshold": threshold, "delta": delta}, ask)
@@ -256,9 +256,17 @@ class Scientist:
             )
         return lines
 
-    def _check_reach(self, result: Values, *designs: Values) -> None:
+    def _check_reach(self, result: Values, *designs: Values, outcome: bool = False) -> None:
+        """Abstain far outside the data, unless a theory that matters says how laws drift there.
+
+        Args:
+            outcome: Whether the question is of an outcome: `beyond` widens those, and no expression over parameters.
+        """
         posterior = self.posterior
-        drifts = any(f.theory.drifts and p > 0.01 for f, p in zip(posterior.fits, posterior.probabilities, strict=True))
+        drifts = any(
+            (f.theory.drifts or (outcome and f.theory.edge is not None)) and p > 0.01
+            for f, p in zip(posterior.fits, posterior.probabilities, strict=True)
+        )
         for design in designs:
             far = self.world.outside(design)
             if far > REACH and not drifts:

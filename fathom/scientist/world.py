@@ -9,7 +9,7 @@ Free text (``world``, ``says``, ``notes``, ``source``) is carried along and neve
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -50,7 +50,7 @@ class Design:
         except (TypeError, ValueError):
             number = math.nan
         if isinstance(given, bool) or not math.isfinite(number):
-            raise UserError(f"{self.name} is a number: {given!r} is not")
+            raise UserError(f"{self.name} is a number: {' '.join(repr(given).split())[:60]} is not")
         if self.log and number <= 0:
             raise UserError(f"{self.name} must be positive: {number:g} is not")
         return number
@@ -77,6 +77,10 @@ class Theory:
     """named, null or other."""
     drifts: bool = False
     """Whether a discrepancy grows outside the data."""
+    edge: Node | None = None
+    """A budget beyond whose measured values this theory's predictions may stray (extrapolation.py)."""
+    edge_rate: float | None = None
+    """How far, per root decade; learned from its own past if not given."""
 
     @property
     def linear(self) -> bool:
@@ -133,6 +137,13 @@ class World:
     @property
     def snapshot(self) -> bytes:
         return canonical(self.document)
+
+    def keeping(self, rows: Array) -> "World":
+        """This world with some of its rows."""
+        return replace(
+            self, data={name: each[rows] for name, each in self.data.items()}, y=self.y[rows], extra=self.extra[rows],
+            sources=tuple(self.sources[i] for i in rows),
+        )  # fmt: skip
 
     def design(self, given: dict[str, Any]) -> dict[str, float | str]:
         """A full design from what a caller gives.
