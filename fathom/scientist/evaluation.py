@@ -9,7 +9,7 @@ import numpy as np
 
 from fathom.errors import UserError
 from fathom.scientist import noise as noises
-from fathom.scientist.expression import Call, Name, Node, Number, evaluate
+from fathom.scientist.expression import FUNCTIONS, Call, Name, Node, Number, evaluate
 from fathom.scientist.world import Claim, Theory, World
 
 Array = np.ndarray
@@ -101,13 +101,16 @@ def value(world: World, theory: Theory, tree: Node, params: dict[str, Array], de
             raise UserError(f"{call.function}: {error}") from None
 
     with np.errstate(all="ignore"):
-        return np.asarray(evaluate(_resolved(tree, set(design)), design, called), float)
+        found = evaluate(_resolved(tree, set(design)), design, called)
+    if isinstance(found, str):
+        raise UserError(f"{found!r} is a text: a quantity is a number")
+    return np.asarray(found, float)
 
 
 def _resolved(tree: Node, designs: set[str]) -> Node:
     """A tree with every bare name of a quantity made a call."""
     match tree:
-        case Name(name) if name not in designs:
+        case Name(name) if name not in designs and name not in FUNCTIONS:
             return Call(name, ())
         case Call(function, arguments, keywords):
             return Call(
