@@ -13,14 +13,14 @@ import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fathom import two_phase
-from fathom.depth_attention import EPS, fold_gain
+from fathom.depth_attention import EPS, depth_attention_weights, fold_gain
 from fathom.errors import UserError
 
 Backend = Literal["auto", "reference", "triton"]
@@ -140,26 +140,39 @@ def _norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def read(
     sources: Sequence[Float[Tensor, "*batch D"]],
-    query: Float[Tensor, "D"],
-    gain: Float[Tensor, "D"] | None = None,
+    query: Float[Tensor, "*M D"],
+    gain: Float[Tensor, "*M D"] | None = None,
     *,
     eps: float = EPS,
     norm_weight: Float[Tensor, "D"] | None = None,
     norm_eps: float = EPS,
     scale: float = 1.0,
     normalize_values: bool = False,
-) -> Float[Tensor, "*batch D"]:
-    """One site over all its sources (Eq. 2-4), RMS-normalised if a ``norm_weight`` is given.
+    return_weights: bool = False,
+) -> Any:
+    """One site over all its sources (Eq. 2-4), RMS-normalised if a ``norm_weight`` is given: [..., D].
 
-    Several queries at one site are ``inter_block``'s business; the weights are ``depth_attention_weights``'.
+    M queries [M, D] at one site give a tuple of M reads. With ``return_weights`` the result is ``(read, weights)``, weights
+    [N, ...] or a tuple of M of them, by the plain equation and with its gradient: they are for looking at, not for speed.
     """
-    if query.ndim != 1:
-        raise UserError(f"query has shape {tuple(query.shape)}: it must be [D]; several queries go to inter_block")
-    out, _ = inter_block(
-        sources, query[None], None if gain is None else gain[None], eps=eps, scale=scale, normalize_values=normalize_values,
-        norm_weight=norm_weight, norm_eps=norm_eps,
+    if query.ndim not in (1, 2):
+        raise UserError(f"query has shape {tuple(query.shape)}: it must be [D], or [M, D] for M reads")
+    single = query.ndim == 1
+    if not single and norm_weight is not None:
+        raise UserError(
+            "norm_weight goes with a single query: several reads are several inputs, each with its own norm"
+        )
+    queries, gains = (query[None], None if gain is None else gain[None]) if single else (query, gain)
+    outs, _ = inter_block(
+        sources, queries, gains, eps=eps, scale=scale, normalize_values=normalize_values, norm_weight=norm_weight,
+        norm_eps=norm_eps,
     )  # fmt: skip
-    return out[0]
+    found = outs[0] if single else tuple(outs)
+    if not return_weights:
+        return found
+    folded = fold_gain(queries, gains) * scale
+    weights = tuple(depth_attention_weights(sources, each, eps=eps) for each in folded)
+    return found, weights[0] if single else weights
 
 
 def update_read(

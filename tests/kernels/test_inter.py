@@ -1,5 +1,7 @@
 """The inter-block kernels against the float64 equation: every output and every gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +70,26 @@ def test_the_first_read_comes_normalised(device: str):
         return [*out, *lse]
 
     assert_as_good_as_plain(normalised, [*inputs, weight])
+
+
+@pytest.mark.parametrize("settings", [{}, {"scale": 0.3, "normalize_values": True}], ids=str)
+def test_a_site_of_several_queries_and_its_weights(settings: dict[str, Any], device: str):
+    """Inkling-2's reads: as many single reads, and weights that mix the sources (normalised ones, there) to what was read."""
+    *sources, queries, gain = make(4, 3, 48, 5, DTYPES[0], device)
+    together, weights = kernels.read(sources, queries, gain, return_weights=True, **settings)
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 2e-2}[DTYPES[0]]
+    bank = torch.stack(sources).to(queries.dtype)
+    values = bank * (bank.square().mean(-1, keepdim=True) + 1e-6).rsqrt() if settings else bank
+    for index, (out, weight) in enumerate(zip(together, weights, strict=True)):
+        alone, own = kernels.read(sources, queries[index], gain[index], return_weights=True, **settings)
+        assert torch.equal(own, weight) and weight.shape == (4, 5)
+        torch.testing.assert_close(alone, out)
+        mixed = (weight.unsqueeze(-1).to(values.dtype) * values).sum(0)
+        torch.testing.assert_close(out.to(mixed.dtype), mixed, rtol=tolerance, atol=tolerance)
+    with pytest.raises(UserError, match="norm_weight goes with a single query"):
+        kernels.read(sources, queries, gain, norm_weight=queries[0])
+    with pytest.raises(UserError, match=r"query has shape \(1, 3, 48\)"):
+        kernels.read(sources, queries[None])
 
 
 def test_gradcheck(device: str):
@@ -164,5 +186,3 @@ BAD = [
 def test_a_wrong_argument_is_named(name: str, value: object, message: str):
     with pytest.raises(ValueError, match=message):
         kernels.inter_block(**GOOD | {name: value})
-    with pytest.raises(UserError, match=r"query has shape"):
-        kernels.read(GOOD["sources"], GOOD["queries"])
