@@ -175,7 +175,8 @@ def _discard_output() -> None:
 
 
 def _fail(message: str) -> int:
-    print(" ".join(message.splitlines()), file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of the processes of one job one speaks
+        print(" ".join(message.splitlines()), file=sys.stderr)
     return 2
 
 

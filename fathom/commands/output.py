@@ -1,6 +1,8 @@
 """What all commands share: their type, the flag --json, tables, and running out of memory as a user's mistake."""
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -16,6 +18,17 @@ Json = Annotated[bool, FlagCreatePairsOff, arg(name="json", help="Print one JSON
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def first_process() -> bool:
+    """Whether this process is the only one, or of those that `torchrun` started the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def tell(line: str) -> None:
+    """Say ``line`` on standard error, once, however many processes come to say it."""
+    if first_process():
+        print(line, file=sys.stderr)
 
 
 def columns(rows: list[list[str]]) -> str:

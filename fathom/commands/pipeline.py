@@ -7,16 +7,13 @@ from fathom.errors import UserError
 
 def show_traffic(options: BenchOptions, ranks: int, virtual: int, micro_batches: int, *, as_json: bool) -> None:
     """Print the split and every hop's bytes; up to ``MOST_RANKS`` ranks they are counted in gloo processes."""
-    from fathom.parallel.pipeline import check_schedule
+    from fathom.parallel.config import check_micro_batches
     from fathom.parallel.plan import describe, make_plan
     from fathom.parallel.traffic import MOST_RANKS, table
 
-    check_schedule("1f1b", virtual)
     if ranks < 2:
         raise UserError(f"--ranks is {ranks}: a pipeline needs at least two")
-    rounds = max(1, micro_batches // ranks)
-    if micro_batches < 1 or (virtual > 1 and micro_batches % rounds):
-        raise UserError(f"--micro-batches is {micro_batches}: interleaved 1F1B takes a multiple of the {ranks} ranks")
+    check_micro_batches(micro_batches, "1f1b", ranks, virtual)
     plan = make_plan(options.model, ranks, virtual)
     found = table(
         options.model,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from fathom.commands.output import Function, Json, enough_memory, print_json
+from fathom.commands.output import Function, Json, enough_memory, first_process, print_json, tell
 from fathom.errors import UserError
 
 
@@ -54,13 +54,26 @@ def train(recipe: str) -> Function:
 
 
 def train_resume() -> Function:
+    from dataclasses import replace
+
+    from fathom.parallel.config import Counts
     from fathom.train import loop
+    from fathom.train.config import load_config
     from fathom.train.recipes import RECIPES
 
     resume_help = "The run folder to continue from its newest checkpoint, with its own settings."
 
-    def run(resume: Annotated[Path, arg(help=resume_help)], as_json: Json = False) -> int | None:
-        return _train(resume, lambda: loop.resume(resume), as_json)
+    as_before = Counts()
+
+    def run(
+        resume: Annotated[Path, arg(help=resume_help)], as_json: Json = False, parallel: Counts = as_before
+    ) -> int | None:
+        def go_on() -> dict[str, Any]:
+            own = load_config(resume / "config.json").parallel
+            given = {name: count for name, count in vars(parallel).items() if count is not None}
+            return loop.resume(resume, replace(own, **given))
+
+        return _train(resume, go_on, as_json)
 
     recipes = "\n\n".join(f"{name}: {recipe.__doc__}" for name, recipe in RECIPES.items())
     usage = "Train with `fathom train RECIPE` (`fathom train RECIPE --help` lists its flags), or resume a run. Recipes:"
@@ -76,10 +89,10 @@ def _finish(name: str, train: Callable[[], dict[str, Any]], *, resume: str = "")
         with enough_memory("give a smaller --data.micro-batch, --model.dim or --model.context"):
             return train()
     except Interrupted as stop:
-        print(f"fathom {name}: {stop}{resume}", file=sys.stderr)
+        tell(f"fathom {name}: {stop}{resume}")
         return 130
     except Diverged as error:
-        print(f"fathom {name}: {error}", file=sys.stderr)
+        tell(f"fathom {name}: {error}")
         return 1
 
 
@@ -88,6 +101,8 @@ def _train(run: Path, train: Callable[[], dict[str, Any]], as_json: bool) -> int
     summary = _finish("train", train, resume=f"; go on with `fathom train --resume {folder}`")
     if isinstance(summary, int):
         return summary
+    if not first_process():
+        return None
     if as_json:
         print_json({"run": str(run), **summary})
         return None

@@ -5,78 +5,173 @@ where stages are cut leaves no trace: what was saved at one P, V or sharding loa
 
     <folder>/
         *.distcp, .metadata      DCP's
-        sha256.json              the checksum of each of them
+        checkpoint.json          the checksum of each of them, and what the caller gives
 
-The ranks write into a hidden folder that is renamed when all have finished and all is on disk: a folder of this name is whole.
+The ranks write into a hidden folder that the first one seals and renames when all have finished: see sealed.py.
 """
 
-import hashlib
-import json
-import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fathom import sealed
 from fathom.errors import UserError
 from fathom.parallel.stages import Stage
 
 Optimizers = Sequence[torch.optim.Optimizer]
-SUMS = "sha256.json"
 
 
-def save(folder: Path, parts: Sequence[nn.Module], optimizers: Optimizers = ()) -> None:
-    """Write ``parts`` (a rank's stages, or the whole network) and what their optimizers keep; called on every rank."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if problem := _agree(f"{folder} exists already; give another name" if folder.exists() else None):
-        raise UserError(problem)
-    if _rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _agree(None)
+def save(
+    folder: Path, parts: Sequence[nn.Module], optimizers: Optimizers = (), values: dict[str, Any] | None = None
+) -> None:
+    """Write ``parts`` (a rank's stages, or the whole network) and what their optimizers keep; called on every rank.
+
+    ``UserError`` on every rank if there is such a folder, or a rank cannot write.
+    """
+    _clear(folder)
     tensors, _ = _state(parts, optimizers)
+    problem = None
     with _one_process_is_fine():
-        dcp_save(tensors, checkpoint_id=temporary)
+        try:
+            dcp_save(tensors, checkpoint_id=sealed.hidden(folder))
+            if _rank() == 0:
+                sealed.publish(folder, values or {})
+        except (CheckpointException, OSError) as error:
+            problem = f"checkpoint {folder} could not be written: {_reason(error)}"
+    if problem := _agree(problem):
+        raise UserError(problem)
+
+
+class Saving:
+    """A checkpoint that is being written while training goes on; ``result`` waits for it.
+
+    The tensors are copied to the CPU before this returns. Then DCP writes them in a thread, in the group ``background``, which
+    nothing else may use; the first rank's thread seals the folder and calls ``after``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: Sequence[nn.Module],
+        optimizers: Optimizers,
+        values: dict[str, Any],
+        background: dist.ProcessGroup,
+        after: Callable[[], None],
+    ) -> None:
+        _clear(folder)
+        tensors, _ = _state(parts, optimizers)
+        self._done: Future[None] = Future()
+        self.folder, self._values, self._after = folder, values, after
+        future = async_save(tensors, checkpoint_id=sealed.hidden(folder), process_group=background)
+        cast("Future[Any]", future).add_done_callback(self._seal)
+
+    def _seal(self, written: "Future[Any]") -> None:
+        try:
+            written.result()
+            if _rank() == 0:
+                sealed.publish(self.folder, self._values)
+                self._after()
+            self._done.set_result(None)
+        except BaseException as error:
+            self._done.set_exception(error)
+
+    def problem(self) -> str | None:
+        """Wait until this rank has finished; what went wrong, if anything has."""
+        try:
+            self._done.result()
+        except (CheckpointException, OSError) as error:
+            return f"checkpoint {self.folder} could not be written: {_reason(error)}"
+        return None
+
+
+def _clear(folder: Path) -> None:
+    """Make the hidden folder, which a killed save may have left behind."""
+    problem = None
     if _rank() == 0:
-        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / SUMS).write_text(json.dumps(sums, indent=2) + "\n")
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        temporary.rename(folder)
-        _flush(folder.parent)
-    _agree(None)
+        temporary = sealed.hidden(folder)
+        if folder.exists():
+            problem = f"{folder} exists already; give another name"
+        else:
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                problem = f"checkpoint {folder} could not be written: {_reason(error)}"
+    if problem := _agree(problem):
+        raise UserError(problem)
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; DCP carries what each rank raised."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).partition("\n")[0]
 
 
 @torch.no_grad()
-def load(folder: Path, parts: Sequence[nn.Module], optimizers: Optimizers = ()) -> None:
+def load(folder: Path, parts: Sequence[nn.Module], optimizers: Optimizers = (), *, checked: bool = False) -> None:
     """Load what ``save`` wrote, whatever the cut and the sharding are now; called on every rank.
 
-    Raises ``UserError`` on every rank if a file is missing or has changed, or the checkpoint is of another network.
+    ``checked`` says that the checksums have been compared already. Raises ``UserError`` on every rank if a file is missing
+    or has changed, or the checkpoint is of another network.
     """
-    if problem := _agree(_damage(folder)):
-        raise UserError(problem)
+    if not checked:
+        check(folder)
     for optimizer in optimizers:
         _fill(optimizer)
     tensors, gathered = _state(parts, optimizers)
     try:
         with _one_process_is_fine():
             dcp_load(tensors, checkpoint_id=folder)
-    except CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise UserError(f"{folder} is not a checkpoint of this network: {reason}") from None
-    except RuntimeError as error:
-        raise UserError(f"{folder} is not a checkpoint of this network: {error}") from None
-    for sharded, whole in gathered:
-        sharded.copy_(distribute_tensor(whole, sharded.device_mesh, sharded.placements))
+    except (CheckpointException, RuntimeError) as error:
+        raise UserError(f"{folder} is not a checkpoint of this network: {_reason(error)}") from None
+    for sharded, rows in gathered:
+        _copy(sharded, rows)
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """The values that were saved with ``folder``; ``UserError`` on every rank if a file is missing or has changed."""
+    problem, values = None, None
+    if _rank() == 0:
+        try:
+            values = sealed.check(folder)
+        except UserError as error:
+            problem = str(error)
+    problem, values = _agree((problem, values))
+    if problem is not None:
+        raise UserError(problem)
+    return cast("dict[str, Any]", values)
+
+
+@torch.no_grad()
+def spread(model: nn.Module, full: Optimizers, parts: Sequence[nn.Module], optimizers: Optimizers) -> None:
+    """Give ``parts`` and their optimizers what the whole ``model`` and its own, ``full``, hold on every rank."""
+    for optimizer in optimizers:
+        _fill(optimizer)
+    whole, _ = _state([model], full)
+    tensors, gathered = _state(parts, optimizers)
+    for name, tensor in tensors.items():
+        _copy(tensor, whole[name])
+    for sharded, rows in gathered:
+        _copy(sharded, rows)
+
+
+def _copy(into: Tensor, whole: Tensor) -> None:
+    whole = whole.to(into.device)
+    into.copy_(distribute_tensor(whole, into.device_mesh, into.placements) if isinstance(into, DTensor) else whole)
 
 
 def _state(
@@ -121,20 +216,6 @@ def _fill(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with the files of ``folder``; looked for on rank 0 only."""
-    if _rank() != 0:
-        return None
-    try:
-        sums = json.loads((folder / SUMS).read_text())
-        for name, expected in sums.items():
-            if _sha256(folder / name) != expected:
-                return f"{folder / name} is damaged: its checksum is not the one in {SUMS}; use another checkpoint"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{folder} is missing, damaged or no checkpoint ({error}); use another checkpoint"
-    return None
-
-
 @contextmanager
 def _one_process_is_fine() -> Iterator[None]:
     """DCP warns where there is no process group."""
@@ -147,24 +228,11 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _agree(problem: str | None) -> str | None:
-    """Rank 0's ``problem``, on all ranks; also a barrier."""
+def _agree(said: Any) -> Any:
+    """What rank 0 says, on all ranks; also a barrier."""
     if not dist.is_initialized():
-        return problem
-    said = [problem]
-    dist.broadcast_object_list(said, src=0)
+        return said
+    values = [said]
+    dist.broadcast_object_list(values, src=0)
     dist.barrier()
-    return said[0]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return values[0]

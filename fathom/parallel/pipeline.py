@@ -7,9 +7,10 @@ leaf's ``grad``. When the backward pass comes to the stage that the source enter
 gradient there, and one tensor goes back over the hop. Source and leaf go when the micro-batch has ended.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,16 +20,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleLoopedBFS
 
-from fathom.errors import UserError
 from fathom.models.transformer import Transformer
+from fathom.parallel.config import Recompute, check_micro_batches, check_schedule
 from fathom.parallel.plan import Plan, make_plan
-from fathom.parallel.shard import shard
+from fathom.parallel.shard import reshard, shard
 from fathom.parallel.stages import Sources, Stage
 
-ScheduleName = Literal["1f1b", "gpipe", "looped_bfs"]
-"""``1f1b`` is interleaved where a rank has several stages; ``gpipe`` has one a rank."""
+# On an error torch prints every rank's whole schedule, on every rank; the error itself says what it was.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 
-SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
+
+IGNORED = -100
+"""The target of a token without one."""
 
 
 class _Gather(torch.autograd.Function):
@@ -144,7 +147,8 @@ class CachedStage(PipelineStage):
         save_forward_output: bool = True,
     ) -> Any:
         self.cache.micro_batch = fwd_chunk_id
-        output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.like.dtype == torch.bfloat16):
+            output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
         if not self.has_backward:
             self._free(fwd_chunk_id, ended=self.stage_index + self.group_size >= self.num_stages)
         return output
@@ -163,7 +167,7 @@ class CachedStage(PipelineStage):
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """As ``Transformer.loss``: mean cross-entropy in nats, in float32 at least."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 class Pipeline:
@@ -175,11 +179,14 @@ class Pipeline:
         num_micro_batches: pieces of a batch; P or more keep all ranks busy.
         micro_batch, length: B and T of one piece.
         cache: cross-stage caching; without it every hop carries the whole bank.
-        schedule: see ``ScheduleName``. One that splits the backward pass is refused.
+        schedule: one of ``SCHEDULES``. One that splits the backward pass is refused.
         firsts: the first site of each stage, instead of cuts by cost.
-        dtype: of the stream in the hops; the parameters' if not given (bf16 under autocast).
+        dtype: of the stream in the hops; the parameters' if not given. With bf16 the stages run under autocast.
         group: of the P ranks; all ranks if not given.
         dp: the mesh axis of the ranks that run the same stages on other parts of the batch; FSDP2 shards the stages over it.
+        device: where the stages are moved to; where the model is if not given.
+        compile: compile each sublayer with ``torch.compile``.
+        recompute: what of a stage's activations is computed again in the backward pass.
     """
 
     def __init__(
@@ -196,21 +203,30 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         group: dist.ProcessGroup | None = None,
         dp: DeviceMesh | None = None,
+        device: torch.device | None = None,
+        compile: bool = False,
+        recompute: Recompute = "none",
     ) -> None:
         check_schedule(schedule, num_virtual)
         self.group, self.dp = group, dp
+        self.num_micro_batches, self.micro_batch = num_micro_batches, micro_batch
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        check_micro_batches(num_micro_batches, schedule, self.num_ranks, num_virtual)
         self.plan = make_plan(model.config, self.num_ranks, num_virtual, cache=cache, firsts=firsts)
         self.cache = SourceCache(self.plan)
         self.traffic: dict[tuple[int, str], int] = defaultdict(int)
         """Bytes that this rank has sent, by the stage a hop leads into and by way."""
         self.stages = [
-            Stage(model, self.plan, index) for index in range(self.rank, self.plan.num_stages, self.num_ranks)
+            Stage(model, self.plan, index, recompute=recompute).to(device)
+            for index in range(self.rank, self.plan.num_stages, self.num_ranks)
         ]
         shape = (micro_batch, length, model.config.dim)
         like = torch.empty(shape, dtype=dtype or model.head.weight.dtype, device="meta", requires_grad=True)
         for stage in self.stages:
             stage.bank, stage.keep = self.cache.bank, self.cache.keep
+            if compile:
+                for sublayer in stage.sublayers.values():
+                    sublayer.compile()
             if dp is not None:
                 shard(stage, dp, bf16=dtype == torch.bfloat16, keep_gathered=True)
         parts = [CachedStage(stage, self.cache, like, group, self.traffic) for stage in self.stages]
@@ -228,24 +244,38 @@ class Pipeline:
         """
         losses: list[Tensor] = []
         self.schedule.step(tokens=tokens, target=targets, losses=losses, return_outputs=False)
-        last = self.num_ranks - 1
-        loss = torch.stack(losses).mean().detach() if self.rank == last else torch.zeros((), device=tokens.device)
-        loss = loss.to(torch.promote_types(self.stages[0].cos.dtype, torch.float64))
-        dist.broadcast(loss, group=self.group, group_src=last)
+        loss = torch.stack(losses).mean() if losses else torch.zeros((), device=tokens.device)
+        return self._everywhere(loss) / (1 if self.dp is None else self.dp.size())
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of any number of sequences [B, T], which every rank gives, ``dp`` or not; on every rank.
+
+        The schedule takes whole steps only: rows without targets fill the last one up.
+        """
+        size = self.num_micro_batches * self.micro_batch
+        dp, number = (1, 0) if self.dp is None else (self.dp.size(), self.dp.get_local_rank())
+        total = torch.zeros((), device=tokens.device, dtype=torch.float64)
+        for first in range(0, len(tokens), size * dp):
+            here = slice(first + number * size, first + (number + 1) * size)
+            real = targets[here]
+            filled = targets.new_full((size, targets.shape[1]), IGNORED)
+            filled[: len(real)] = real
+            rows = tokens.new_zeros(filled.shape)
+            rows[: len(real)] = tokens[here]
+            losses: list[Tensor] = []
+            self.schedule.eval(tokens=rows, target=filled, losses=losses, return_outputs=False)
+            for loss, part in zip(losses, filled.split(self.micro_batch), strict=bool(losses)):
+                if count := int((part[:, 0] != IGNORED).sum()):
+                    total += loss.double() * count
+        for stage in self.stages:
+            reshard(stage)
+        return self._everywhere(total) / len(tokens)
+
+    def _everywhere(self, loss: Tensor) -> Tensor:
+        """The last rank's ``loss`` on all of the pipeline, and summed over ``dp``."""
+        loss = loss.detach().to(torch.promote_types(self.stages[0].cos.dtype, torch.float64))
+        dist.broadcast(loss, group=self.group, group_src=self.num_ranks - 1)
         if self.dp is not None:
             dist.all_reduce(loss, group=self.dp.get_group())
-            loss /= self.dp.size()
         return loss
-
-
-def check_schedule(schedule: str, num_virtual: int) -> None:
-    """``UserError`` with the reason if sources cannot be cached under ``schedule``, or V does not fit it."""
-    if schedule in SPLIT_BACKWARD:
-        raise UserError(
-            f"schedule {schedule} cannot be cached: it puts off the weights' half of a backward pass, and its first half asks "
-            "for gradients of a stage's own inputs only, so those of cached sources would be lost; use 1f1b or looped_bfs"
-        )
-    if schedule not in get_args(ScheduleName):
-        raise UserError(f"schedule is {schedule!r}: it must be one of {', '.join(get_args(ScheduleName))}")
-    if schedule == "gpipe" and num_virtual > 1:
-        raise UserError(f"schedule gpipe runs one stage a rank, but virtual is {num_virtual}; use 1f1b or looped_bfs")

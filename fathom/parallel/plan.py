@@ -91,8 +91,6 @@ class Plan:
     """Keep sources on the ranks that have seen them."""
 
     def __post_init__(self) -> None:
-        if self.num_ranks < 2:
-            raise UserError(f"pp is {self.num_ranks}: a pipeline needs at least two ranks")
         if len(self.firsts) % self.num_ranks:
             raise UserError(f"{len(self.firsts)} stages do not lie evenly on {self.num_ranks} ranks")
         bounds = (*self.firsts, self.num_sublayers)
@@ -142,10 +140,17 @@ def make_plan(
     config: ModelConfig, num_ranks: int, num_virtual: int, *, cache: bool = True, firsts: Sequence[int] | None = None
 ) -> Plan:
     """The plan of ``config`` on P ranks with V stages each; ``firsts`` instead of the cuts that balance the costs."""
+    if num_ranks < 2:
+        raise UserError(f"pp is {num_ranks}: a pipeline needs at least two ranks")
     if num_virtual < 1:
         raise UserError(f"virtual is {num_virtual}: a rank needs at least one stage")
     cuts = tuple(firsts) if firsts is not None else split(site_costs(config), num_ranks * num_virtual)
     return Plan(config.num_sublayers, stream_starts(config), cuts, num_ranks, cache)
+
+
+def whole(config: ModelConfig) -> Plan:
+    """No cut: one stage on one rank."""
+    return Plan(config.num_sublayers, stream_starts(config), (0,), 1)
 
 
 def describe(plan: Plan, config: ModelConfig) -> list[list[str]]:

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fathom.models.transformer import Transformer
 from fathom.parallel.stages import Stage
@@ -35,3 +35,10 @@ def shard(network: Transformer | Stage, mesh: DeviceMesh, *, bf16: bool = False,
         ]
         fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def reshard(network: nn.Module) -> None:
+    """Let go of what a forward pass gathered that no backward pass follows; until then parameters are not the optimizer's."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -7,11 +7,13 @@ those reads; computing it where it is read costs one more sweep over sources tha
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fathom.block import BlockAttnRes, BlockState
 from fathom.depth_attention import fold_gain
@@ -20,25 +22,44 @@ from fathom.full import FullAttnRes
 from fathom.kernels import inter_block
 from fathom.models.layers import Context, RMSNorm, document_mask
 from fathom.models.transformer import Transformer
+from fathom.parallel.config import Recompute
 from fathom.parallel.plan import Plan
 from fathom.stream import PreNorm, PreNormState, Stream
 
 Sources = tuple[Tensor, ...]
+
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+"""What selective recomputation keeps."""
 
 
 class StageBlocks(BlockAttnRes):
     """Block AttnRes of the sites of one stage, counted from the stage's first; ``starts[0]`` is negative inside a block.
 
     The stage's last write ends its piece of a block: a sum that the block goes on from is then the last of the bank.
+    With ``single_pass`` every read is for itself, so that between two sublayers there is nothing but bank and partial sum.
     """
 
     def __init__(
-        self, whole: BlockAttnRes | FullAttnRes, starts: tuple[int, ...], sites: range, *, is_last: bool
+        self,
+        whole: BlockAttnRes | FullAttnRes,
+        starts: tuple[int, ...],
+        sites: range,
+        *,
+        is_last: bool,
+        single_pass: bool = False,
     ) -> None:
+        two_phase = isinstance(whole, BlockAttnRes) and whole.schedule == "two_phase" and not single_pass
         super().__init__(
             len(sites), whole.dim, block_size=1, gain=whole.key_gain is not None, eps=whole.eps,
-            schedule=whole.schedule if isinstance(whole, BlockAttnRes) else "single_pass",
-            recompute=isinstance(whole, BlockAttnRes) and whole.recompute,
+            schedule="two_phase" if two_phase else "single_pass",
+            recompute=two_phase and isinstance(whole, BlockAttnRes) and whole.recompute,
         )  # fmt: skip
         begun = [start - sites.start for start in starts if start < sites.stop]
         self.starts = [max(start for start in begun if start <= 0), *(start for start in begun if start > 0)]
@@ -58,13 +79,14 @@ class StageBlocks(BlockAttnRes):
         return BlockState(bank, None, partial, tuple(outs), tuple(lses), queries.unbind(0))
 
 
-def _stage_stream(stream: nn.Module, plan: Plan, stage: int) -> PreNorm | StageBlocks:
+def _stage_stream(stream: nn.Module, plan: Plan, stage: int, *, single_pass: bool) -> PreNorm | StageBlocks:
     # Exact types: an ablation of AttnRes is a subclass whose state is another.
     if type(stream) is PreNorm:
         return PreNorm(len(plan.sites(stage)), stream.dim)
     if type(stream) in (BlockAttnRes, FullAttnRes):
         whole = cast(BlockAttnRes | FullAttnRes, stream)
-        return StageBlocks(whole, plan.starts, plan.sites(stage), is_last=stage == plan.num_stages - 1)
+        is_last = stage == plan.num_stages - 1
+        return StageBlocks(whole, plan.starts, plan.sites(stage), is_last=is_last, single_pass=single_pass)
     raise UserError(
         f"{type(stream).__name__} has no pipeline: PreNorm, Full and Block AttnRes without switches have one"
     )
@@ -76,12 +98,15 @@ class Stage(nn.Module):
     Called with the tensors of the hop into it, sources before the partial sum, and the tokens; returns those of the hop out
     of it, or the logits. A pipeline sets ``bank``, which makes the whole bank of what was received, and ``keep``, which is
     given the sources that the stage has finished.
+
+    ``recompute``: what the backward pass computes again, by decoder layers. Of a layer ``"full"`` keeps the partial sum that it
+    begins with; ``"selective"`` its matrix products and attention as well. The bank is outside: one copy of each source.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, model: Transformer, plan: Plan, index: int) -> None:
+    def __init__(self, model: Transformer, plan: Plan, index: int, *, recompute: Recompute = "none") -> None:
         super().__init__()
         if model.config.tie_embeddings:
             raise UserError(
@@ -92,7 +117,8 @@ class Stage(nn.Module):
         if self.is_first:
             self.embedding = model.embedding
         self.sublayers = nn.ModuleDict({str(site): model.sublayers[site] for site in plan.sites(index)})
-        self.stream = _stage_stream(model.stream, plan, index)
+        self.recompute = recompute
+        self.stream = _stage_stream(model.stream, plan, index, single_pass=recompute != "none")
         if self.is_last:
             self.final_norm, self.head = model.final_norm, model.head
         self.register_buffer("cos", model.cos, persistent=False)
@@ -138,8 +164,31 @@ class Stage(nn.Module):
         self, *received: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]
     ) -> Float[Tensor, "B T V"] | tuple[Float[Tensor, "B T D"], ...]:
         context, state = self._context(tokens), self._enter(received, tokens)
+        for sites in self._regions():
+            state = self._through(sites, context, state)
+        return self.head(self.stream.finish(state, self.final_norm)) if self.is_last else self._leave(state)
+
+    def _through(self, sites: range, context: Context, state: Any) -> Any:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._run(sites, context, state)
+        options: dict[str, Any] = {}
+        if self.recompute == "selective":
+            options["context_fn"] = lambda: create_selective_checkpoint_contexts(KEPT)
+        return checkpoint(
+            self._run, sites, context, state, use_reentrant=False, preserve_rng_state=False, **options
+        )  # fmt: skip
+
+    def _regions(self) -> list[range]:
+        """The stage's sites, counted from its first, in decoder layers or what of them lies in the stage."""
+        first = self.plan.firsts[self.index]
+        count = len(self.sublayers)
+        cuts = [0, *(site for site in range(1, count) if (first + site) % 2 == 0), count]
+        return [range(a, b) for a, b in pairwise(cuts)]
+
+    def _run(self, sites: range, context: Context, state: Any) -> Any:
         stream: Stream = self.stream
-        for at, sublayer in enumerate(self.sublayers.values()):
-            x, state = stream.read(state, at, cast(RMSNorm, sublayer.norm))
-            state = stream.write(state, at, sublayer(x, context))
-        return self.head(stream.finish(state, self.final_norm)) if self.is_last else self._leave(state)
+        for site in sites:
+            sublayer = self.sublayers[str(self.plan.firsts[self.index] + site)]
+            x, state = stream.read(state, site, cast(RMSNorm, sublayer.norm))
+            state = stream.write(state, site, sublayer(x, context))
+        return state

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
@@ -38,7 +38,8 @@ def count(arms: Mapping[str, Arm], num_micro_batches: int, micro_batch: int) -> 
     """The same for each of ``arms``, counted: P gloo processes on this machine run one step of each in float32."""
     num_ranks = next(iter(arms.values()))[1].num_ranks
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (dict(arms), num_micro_batches, micro_batch, folder), nprocs=num_ranks)
+        arguments = (dict(arms), num_micro_batches, micro_batch, folder)
+        start_processes(_rank, arguments, nprocs=num_ranks, start_method="forkserver")
         parts: list[dict[str, Sent]] = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(num_ranks)]
     return {name: {key: size for part in parts for key, size in part[name].items()} for name in arms}
 

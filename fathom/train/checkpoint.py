@@ -6,23 +6,21 @@
         checkpoint.json          step, sequences consumed, end of text, the sha256 of both files and of itself
 
 A folder is written under a temporary name, flushed to disk and renamed: a killed or failed save leaves the earlier ones alone.
-An old one is renamed before it is deleted, so that a folder named step-... is whole at any moment.
+An old one is renamed before it is deleted, so that a folder named step-... is whole at any moment. What several processes
+save has files of parallel/checkpoint.py beside checkpoint.json; it is loaded here too.
 """
 
-import hashlib
-import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fathom import sealed
 from fathom.errors import UserError
 
 NAME = re.compile(r"step-(\d{6,})")
@@ -46,31 +44,10 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _seal(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _temporary(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.tmp")
-
-
-def _clear(run: Path) -> None:
+def clear(run: Path) -> None:
     """Delete what a killed or failed save left behind; the run's lock keeps other writers away."""
     for leftover in (run / "checkpoints").glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -95,55 +72,71 @@ def save(
     folder = run / "checkpoints" / f"step-{progress.step:06d}"
     if folder.exists():
         return folder
-    _clear(run)
-    temporary = _temporary(folder)
+    clear(run)
+    temporary = sealed.hidden(folder)
     try:
         temporary.mkdir(parents=True)
         save_file(_model_tensors(model), temporary / "model.safetensors")
         save_file(_optimizer_tensors(optimizers), temporary / "optimizer.safetensors")
-        sums = {name: _sha256(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
-        values = {**vars(progress), "sha256": sums}
-        (temporary / "checkpoint.json").write_text(json.dumps({**values, "seal": _seal(values)}, indent=2) + "\n")
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        temporary.rename(folder)
-        _flush(folder.parent)
+        sealed.publish(folder, vars(progress))
     except (OSError, SafetensorError) as error:
-        _clear(run)
-        earlier = checkpoints(run)
-        last = f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no earlier checkpoint"
-        raise UserError(f"checkpoint {folder} could not be written: {error}; {last}") from None
-    for old in checkpoints(run)[:-keep]:
-        old.rename(_temporary(old))
-    _clear(run)
+        clear(run)
+        raise UserError(f"checkpoint {folder} could not be written: {error}; {last_good(run)}") from None
+    prune(run, keep)
     return folder
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest ``keep``."""
+    for old in checkpoints(run)[:-keep]:
+        old.rename(sealed.hidden(old))
+    clear(run)
+
+
+def last_good(run: Path) -> str:
+    """What to say of the earlier checkpoints when one could not be written."""
+    earlier = checkpoints(run)
+    return f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no earlier checkpoint"
 
 
 def read_progress(folder: Path) -> Progress:
     """The progress of a checkpoint whose files are all present and unchanged; otherwise a ``UserError`` naming the file."""
+    values = sealed.check(folder)
     try:
-        values = json.loads((folder / "checkpoint.json").read_text())
-        if values.pop("seal") != _seal(values):
-            raise ValueError("its values are not the ones that were saved")
-        sums = values.pop("sha256")
-        progress = Progress(**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder / 'checkpoint.json'} is missing or damaged ({error}); use another checkpoint"
-        ) from None
-    for name, expected in sums.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing; use another checkpoint")
-        if _sha256(path) != expected:
-            raise UserError(
-                f"{path} is damaged: its checksum is not the one in checkpoint.json; use another checkpoint"
-            )
-    return progress
+        return Progress(**values)
+    except TypeError as error:
+        raise UserError(f"{folder / sealed.NAME} is missing or damaged ({error}); use another checkpoint") from None
+
+
+def newest(run: Path) -> tuple[Path, Progress] | None:
+    """The newest checkpoint of a run, checked; a ``UserError`` about a damaged one offers the newest that is whole."""
+    found = checkpoints(run)
+    if not found:
+        return None
+    try:
+        return found[-1], read_progress(found[-1])
+    except UserError as error:
+        for earlier in reversed(found[:-1]):
+            try:
+                read_progress(earlier)
+            except UserError:
+                continue
+            raise UserError(f"{error}: {earlier} is whole, and is taken if you delete {found[-1].name}") from None
+        raise
+
+
+def saved_by_several(folder: Path) -> bool:
+    """Whether parallel/checkpoint.py wrote ``folder``."""
+    return (folder / ".metadata").is_file()
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
     """Load the parameters of a checkpoint, checked by ``read_progress``, into ``model``."""
+    if saved_by_several(folder):
+        from fathom.parallel.checkpoint import load
+
+        load(folder, [model], checked=True)
+        return
     path = folder / "model.safetensors"
     saved = load_file(path)
     for name, parameter in model.named_parameters():

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from fathom.errors import UserError
 from fathom.models.config import ModelConfig
+from fathom.parallel.config import ParallelConfig, check_micro_batches
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class DataConfig:
     batch: int = 8
     """Sequences of one optimizer step."""
     micro_batch: int | None = None
-    """Sequences of one forward pass (gradient accumulation); the whole batch if not given. Must divide it."""
+    """Sequences of one forward pass (gradient accumulation); if not given, all of a process's, or 1/pp of them."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: int = 500
     """Optimizer steps."""
     seed: int = 0
@@ -113,6 +115,31 @@ class RunConfig:
                 raise UserError(f"optim.{name} is {share}: it must be in [0, 1]")
         if d.micro_batch is not None and (d.micro_batch < 1 or d.batch % d.micro_batch):
             raise UserError(f"data.micro_batch is {d.micro_batch}: it must divide data.batch, {d.batch}")
+        self._check_parallel()
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes of a step on each process."""
+        part = self.data.batch // self.parallel.dp
+        return part // (self.data.micro_batch or max(1, part // self.parallel.pp))
+
+    def _check_parallel(self) -> None:
+        d, p = self.data, self.parallel
+        if d.batch % p.dp:
+            raise UserError(f"data.batch is {d.batch}: parallel.dp, {p.dp}, must divide it")
+        part = d.batch // p.dp
+        size = d.micro_batch or max(1, part // p.pp)
+        if part % size:
+            share = f"data.batch / parallel.dp, {part}"
+            raise UserError(f"a micro-batch of {size} does not divide {share}: give another data.micro_batch")
+        if p.pp > 1:
+            check_micro_batches(part // size, p.schedule, p.pp, p.virtual)
+        if p.size > 1 or p.recompute != "none":
+            what = f"on {p.size} processes" if p.size > 1 else f"with parallel.recompute {p.recompute}"
+            if self.compile == "model":
+                raise UserError(f"compile model does not work {what}: use layers")
+            if self.dynamics_every:
+                raise UserError(f"dynamics_every is {self.dynamics_every}: dynamics are not recorded {what}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from torch import Tensor
 from fathom.errors import UserError
 from fathom.models.accounting import assert_parameters, flops_per_token
 from fathom.models.transformer import Transformer
+from fathom.parallel.config import ParallelConfig
+from fathom.parallel.ranks import Ranks
 from fathom.train import checkpoint
 from fathom.train.checkpoint import Progress
 from fathom.train.config import RunConfig, load_config, read_object, save_config
@@ -41,7 +43,8 @@ from fathom.train.dynamics import DEFINITIONS, Recorder
 from fathom.train.embedded import embedded
 from fathom.train.environment import environment, peak_flops, pick_device
 from fathom.train.metrics import Metrics, ProgressLine, duration, writing
-from fathom.train.optimizers import lr_share, make_optimizers, set_lr
+from fathom.train.network import make_network
+from fathom.train.optimizers import lr_share, set_lr
 
 
 class Diverged(RuntimeError):
@@ -78,12 +81,14 @@ class Trainer:
     """A run: model, optimizers, data and folder. ``step`` advances it; ``record``, ``save`` and ``close`` are the caller's.
 
     With ``resume`` the newest checkpoint of ``run`` is loaded; without, ``run`` must not exist yet. Raises ``UserError``
-    for a folder in use, a damaged checkpoint, or data that does not fit.
+    for a folder in use, a damaged checkpoint, or data that does not fit. Where ``ranks`` are several processes, each has a
+    Trainer and makes the same calls; the first one writes the folder.
     """
 
-    def __init__(self, config: RunConfig, run: Path, *, resume: bool = False) -> None:
-        self.run, self.device = run, pick_device(config.device)
-        folder = data_folder(config)
+    def __init__(self, config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks(config.parallel, pick_device(config.device))
+        self.run, self.device = run, self.ranks.device
+        folder = self.ranks.once(lambda: data_folder(config))
         shards = TokenShards(folder, "train")
         validation = TokenShards(folder, "val", verify=True)
         # The data decides the vocabulary, so that a recipe fits any corpus.
@@ -93,78 +98,68 @@ class Trainer:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with this
         torch.use_deterministic_algorithms(config.deterministic)
-        self.model = Transformer(config.model, seed=config.seed, end_of_text=shards.eos_id).to(self.device)
+        self.model = Transformer(config.model, seed=config.seed, end_of_text=shards.eos_id)
         self.num_parameters = assert_parameters(self.model)
-        self.optimizers = make_optimizers(self.model, config.optim)
-        self.loss_function = torch.compile(self.model.loss) if config.compile == "model" else self.model.loss
-        if config.compile == "layers":
-            for sublayer in self.model.sublayers:
-                sublayer.compile()
+        self.network = make_network(self.model, config, self.ranks)
+        self.optimizers = self.network.optimizers
         self.progress = Progress(step=0, consumed=0, end_of_text=shards.eos_id)
 
-        self.lock = _claim(run, resume=resume)
+        self.lock: TextIO | None = None
         try:
-            if resume:
-                self._load_newest()
-            else:
-                data = {"folder": config.data.folder, "corpus_hash": shards.corpus_hash,
-                        "tokens_hash": tokens_hash(shards.manifest), "end_of_text": shards.eos_id,
-                        "bytes_per_token": shards.bytes_per_token}  # fmt: skip
-                with writing(run):
-                    (run / "env.json").write_text(json.dumps(environment(self.device), indent=2) + "\n")
-                    (run / "data.json").write_text(json.dumps(data, indent=2) + "\n")
-                    shutil.copy(folder / "tokenizer.json", run / "tokenizer.json")
-                    # Last, because a run folder is one that has a config.json: a killed start can be told from a run.
-                    save_config(config, run / "config.json")
-            if read_object(run / "data.json").get("tokens_hash") != tokens_hash(shards.manifest):
-                raise UserError(f"{folder} holds other tokens than {run} was trained on; give the original data")
-            self.metrics = Metrics(run, config, keep_until=self.progress.step)
+            self.ranks.once(lambda: self._open(folder, shards, resume=resume))
+            if resume and (found := self.ranks.once(lambda: checkpoint.newest(run))):
+                self.progress = found[1]
+                self.network.load(found[0])
+            self.metrics = Metrics(run, config, keep_until=self.progress.step, writes=self.ranks.first)
         except BaseException:
-            self.lock.close()
+            self._unlock()
             raise
         count = min(config.eval_sequences, held_out.num_sequences)
         self.validation = [self._tensors(held_out, first, min(8, count - first)) for first in range(0, count, 8)]
         self.tokens_per_step = config.data.batch * config.model.context
         self.flops_per_token = 3 * sum(flops_per_token(config.model, config.model.context).values())
-        self.peak = peak_flops(self.device)
+        peak = peak_flops(self.device)
+        self.peak = None if peak is None else peak * self.ranks.size
         self.rates, self.seconds = self.metrics.rates, self.metrics.seconds
         self.validation_loss = self.metrics.validation_loss
 
-    def _load_newest(self) -> None:
-        found = checkpoint.checkpoints(self.run)
-        if found:
-            self.progress = checkpoint.read_progress(found[-1])
-            checkpoint.load_model(found[-1], self.model)
-            checkpoint.load_optimizers(found[-1], self.optimizers)
+    def _open(self, folder: Path, shards: TokenShards, *, resume: bool) -> None:
+        """Lock the run folder, and fill a new one."""
+        run, identity = self.run, tokens_hash(shards.manifest)
+        self.lock = _claim(run, resume=resume)
+        if not resume:
+            data = {"folder": self.config.data.folder, "corpus_hash": shards.corpus_hash, "tokens_hash": identity,
+                    "end_of_text": shards.eos_id, "bytes_per_token": shards.bytes_per_token}  # fmt: skip
+            with writing(run):
+                (run / "env.json").write_text(json.dumps(environment(self.device), indent=2) + "\n")
+                (run / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+                shutil.copy(folder / "tokenizer.json", run / "tokenizer.json")
+                # Last, because a run folder is one that has a config.json: a killed start can be told from a run.
+                save_config(self.config, run / "config.json")
+        if read_object(run / "data.json").get("tokens_hash") != identity:
+            raise UserError(f"{folder} holds other tokens than {run} was trained on; give the original data")
 
     def _tensors(self, batches: Batches, first: int, count: int) -> tuple[Tensor, Tensor]:
         inputs, targets = batches.get(first, count)
         return torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-
     def step(self) -> StepResult:
         """One optimizer step on the next ``data.batch`` sequences of the order."""
-        data, micro = self.config.data, self.config.data.micro_batch or self.config.data.batch
         share = lr_share(self.config.optim, self.progress.step, self.config.steps)
         set_lr(self.optimizers, share)
         losses = []
-        for first in range(self.progress.consumed, self.progress.consumed + data.batch, micro):
-            inputs, targets = self._tensors(self.batches, first, micro)
-            with self._autocast():
-                loss = self.loss_function(inputs, targets) * (micro / data.batch)
-            loss.backward()
-            losses.append(loss.detach())
-        limit = self.config.optim.clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        pieces = self.network.pieces(self.progress.consumed)
+        for piece in pieces:
+            inputs, targets = self._tensors(self.batches, piece.start, len(piece))
+            losses.append(self.network.backward(inputs, targets, 1 / len(pieces)))
+        grad_norm = self.network.clip()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.progress = replace(
-            self.progress, step=self.progress.step + 1, consumed=self.progress.consumed + data.batch
+            self.progress, step=self.progress.step + 1, consumed=self.progress.consumed + self.config.data.batch
         )
-        return StepResult(torch.stack(losses).sum(), grad_norm, self.config.optim.lr * share)
+        return StepResult(self.network.total(losses), grad_norm, self.config.optim.lr * share)
 
     def record(self, results: list[tuple[int, StepResult]], seconds: float) -> None:
         """Write the metrics of steps that took ``seconds`` each; ``Diverged`` at the first that is not finite."""
@@ -185,8 +180,7 @@ class Trainer:
         if not self.config.dynamics_every:
             return None
         about = {"every": self.config.dynamics_every, "tokens": self.config.model.context, "definitions": DEFINITIONS}
-        with writing(self.run / "dynamics.json"):
-            (self.run / "dynamics.json").write_text(json.dumps(about, indent=2) + "\n")
+        _write_json(self.run / "dynamics.json", about)
         tokens, targets = self.validation[0]
         return Recorder(self.model, tokens[:1], targets[:1], every=self.config.dynamics_every)
 
@@ -201,11 +195,9 @@ class Trainer:
         """Model FLOPs utilisation at ``rate`` tokens per second; None where the peak is not known."""
         return None if self.peak is None else self.flops_per_token * rate / self.peak
 
-    @torch.no_grad()
     def validate(self) -> float:
         """Mean loss on the validation sequences, nats per token; also written to the metrics."""
-        with self._autocast():
-            losses = [(self.model.loss(inputs, targets), len(inputs)) for inputs, targets in self.validation]
+        losses = [(self.network.loss(inputs, targets), len(inputs)) for inputs, targets in self.validation]
         loss = sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
         step = self.progress.step
         self._require_finite("the validation loss", loss, step)
@@ -215,6 +207,7 @@ class Trainer:
 
     def summarize(self) -> dict[str, Any]:
         """Write and return ``summary.json``; its rate and seconds are those of all steps, before a resume too."""
+        self.network.finish_saving()
         if math.isnan(self.validation_loss):
             self.validate()
         on_gpu = self.device.type == "cuda"
@@ -228,15 +221,14 @@ class Trainer:
             "seconds": self.seconds,
             "peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None,
         }
-        with writing(self.run / "summary.json"):
-            (self.run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self.ranks.once(lambda: _write_json(self.run / "summary.json", summary))
         return summary
 
     def save(self) -> Path:
         """Write a checkpoint; ``Diverged`` if a parameter is not finite, as after a huge step from a loss that still was."""
-        for name, parameter in self.model.named_parameters():
-            self._require_finite(name, parameter, self.progress.step)
-        return checkpoint.save(self.run, self.progress, self.model, self.optimizers, keep=self.config.keep_checkpoints)
+        if broken := self.network.broken():
+            self._require_finite(broken, math.nan, self.progress.step)
+        return self.network.save(self.run, self.progress)
 
     def _require_finite(self, what: str, value: float | Tensor, step: int) -> None:
         """``Diverged`` if ``what``, of ``step`` (1-based), is not."""
@@ -250,9 +242,18 @@ class Trainer:
             f"order with seed {self.config.seed}); {good}; a lower learning rate is the usual cure"
         )
 
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
     def close(self) -> None:
         self.metrics.close()
-        self.lock.close()
+        self._unlock()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with writing(path):
+        path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 START_FILES = {".lock", "env.json", "data.json", "tokenizer.json"}
@@ -310,21 +311,25 @@ def train(config: RunConfig, run: Path, *, resume: bool = False) -> dict[str, An
     Raises ``UserError`` for what the user can mend, ``Diverged`` for a loss that is not finite, and ``Interrupted``
     after Ctrl-C or SIGTERM, once the step in progress is done and saved.
     """
-    trainer = Trainer(config, run, resume=resume)
-    try:
-        with stop_on_signal() as stop:
-            return _drive(trainer, stop)
-    finally:
-        trainer.close()
+    with Ranks(config.parallel, pick_device(config.device)) as ranks:
+        ranks.say_on_death(f"; go on with `fathom train --resume {run}`, started alike")
+        trainer = Trainer(config, run, resume=resume, ranks=ranks)
+        try:
+            with stop_on_signal() as stop:
+                return _drive(trainer, stop)
+        finally:
+            trainer.close()
 
 
-def resume(run: Path) -> dict[str, Any]:
-    """Continue the run in folder ``run`` from its newest checkpoint, with its own config."""
-    return train(load_config(run / "config.json"), run, resume=True)
+def resume(run: Path, parallel: ParallelConfig | None = None) -> dict[str, Any]:
+    """Continue the run in folder ``run`` from its newest checkpoint, with its own config, or on other processes."""
+    config = load_config(run / "config.json")
+    return train(config if parallel is None else replace(config, parallel=parallel), run, resume=True)
 
 
 def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
     config, line = trainer.config, ProgressLine()
+    line.shown &= trainer.ranks.first
     pending: list[tuple[int, StepResult]] = []
     begin = mark = time.perf_counter()
     started = trainer.progress.step
@@ -347,8 +352,9 @@ def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
         step = trainer.progress.step
         pending.append((step, result))
         last = step == config.steps
+        stopping = trainer.ranks.any(bool(stop))
         evaluate = step % config.eval_every == 0 or last
-        save = step % config.checkpoint_every == 0 or last or bool(stop)
+        save = step % config.checkpoint_every == 0 or last or stopping
         # The first step of a process compiles and warms up: it gets a line of its own.
         if len(pending) == config.log_every or step == started + 1 or observer or evaluate or save:
             record()
@@ -366,7 +372,8 @@ def _drive(trainer: Trainer, stop: list[int]) -> dict[str, Any]:
             trainer.validate()
         if save:
             saved = trainer.save()
-            if stop and not last:
+            if stopping and not last:
+                trainer.network.finish_saving()
                 line.clear()
                 raise Interrupted(f"stopped after step {step}; saved {saved}")
         if observer or evaluate or save:

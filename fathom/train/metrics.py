@@ -30,8 +30,11 @@ def writing(path: Path) -> Iterator[None]:
 class Metrics:
     """Appends one JSON object a line; each has ``kind`` (train, val, dynamics) and ``step``. Losses are in nats per token."""
 
-    def __init__(self, run: Path, config: RunConfig, *, keep_until: int) -> None:
-        """Lines of steps after ``keep_until`` belong to a part of the run that will be run again, and are dropped."""
+    def __init__(self, run: Path, config: RunConfig, *, keep_until: int, writes: bool = True) -> None:
+        """Lines of steps after ``keep_until`` belong to a part of the run that will be run again, and are dropped.
+
+        Without ``writes``, nothing is written: several processes know the metrics, and one writes them.
+        """
         self.path = run / "metrics.jsonl"
         kept = [row for row in _rows(self.path) if row["step"] <= keep_until]
         self.validation_loss: float = next((row["loss"] for row in reversed(kept) if row["kind"] == "val"), math.nan)
@@ -41,6 +44,10 @@ class Metrics:
         """Tokens per second of every step that was kept."""
         self.seconds: float = sum(row["step_seconds"] for row in steps)
         """That all of these took."""
+        self.file: TextIO | None = None
+        self.sink: _TensorBoard | _Trackio | None = None
+        if not writes:
+            return
         with writing(self.path):
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -50,6 +57,8 @@ class Metrics:
             self.file = self.path.open("a")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        if self.file is None:
+            return
         with writing(self.path):
             self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self.file.flush()
@@ -57,8 +66,9 @@ class Metrics:
             self.sink.log(kind, step, {k: v for k, v in values.items() if isinstance(v, int | float)})
 
     def close(self) -> None:
-        with suppress(OSError):  # of a line that `write` has already reported
-            self.file.close()
+        if self.file is not None:
+            with suppress(OSError):  # of a line that `write` has already reported
+                self.file.close()
         if self.sink is not None:
             self.sink.close()
 

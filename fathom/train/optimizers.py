@@ -16,7 +16,7 @@ D = 64 the matrices like 1.6e-2, and queries at that rate cost Block its whole g
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -28,10 +28,10 @@ DEPTH_LR_TIMES_DIM = 0.128
 Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 
-def parameter_groups(model: nn.Module) -> Groups:
-    """Every parameter once, by group name, in the order of ``named_parameters``."""
+def parameter_groups(*parts: nn.Module) -> Groups:
+    """Every parameter of a model, or of some stages of one, by group name, in the order of ``named_parameters``."""
     groups: Groups = {"matrix": [], "table": [], "vector": [], "depth": [], "map": []}
-    for name, parameter in model.named_parameters():
+    for name, parameter in (named for part in parts for named in part.named_parameters()):
         if name.startswith("stream."):
             # residuals/rule.py names parameters by how they train; one in a list is named stream.<name>.<number>.
             kind = name.split(".")[1]
@@ -44,12 +44,17 @@ def parameter_groups(model: nn.Module) -> Groups:
     return groups
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, after Muon if the config asks for it; each group keeps its peak rate as ``peak_lr``."""
-    groups = {kind: [p for _, p in members] for kind, members in parameter_groups(model).items()}
+def make_optimizers(model: nn.Module | Sequence[nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, after Muon if the config asks for it, for a model or for some stages of one.
+
+    Each group keeps its peak rate as ``peak_lr``.
+    """
+    parts = [model] if isinstance(model, nn.Module) else model
+    groups = {kind: [p for _, p in members] for kind, members in parameter_groups(*parts).items()}
     peak = dict.fromkeys(groups, config.lr)
-    dim = groups["table"][0].shape[-1]
-    peak["depth"] = DEPTH_LR_TIMES_DIM / dim if config.depth_lr is None else config.depth_lr
+    if groups["depth"]:
+        dim = (groups["table"] or groups["depth"])[0].shape[-1]  # a stage may have no table; its queries are as wide
+        peak["depth"] = DEPTH_LR_TIMES_DIM / dim if config.depth_lr is None else config.depth_lr
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         muon = torch.optim.Muon(

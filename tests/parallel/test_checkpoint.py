@@ -8,24 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fathom import sealed
 from fathom.errors import UserError
 from fathom.models.transformer import Transformer
-from fathom.parallel.checkpoint import SUMS, load, save
-from tests.parallel.processes import spawn
-from tests.parallel.worker import LAYOUTS, batch, moments, network
+from fathom.parallel.checkpoint import load, save
+from tests.parallel.cases import LAYOUTS, batch, network
+from tests.parallel.conftest import Ranks
+from tests.parallel.worker import moments
 
 pytestmark = pytest.mark.dist
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resharded")
-    for size in (4, 2):
-        world = tmp_path_factory.mktemp(f"world{size}")
-        spawn(size, world, folder / "step")
-        for made in world.glob("*"):
-            if made.name.startswith(("again-", "p2")):
-                shutil.move(made, folder / made.name)
+@pytest.fixture
+def saved(world2: Ranks, folder: Path) -> Path:
+    """``step``, saved on 4 ranks, and ``again-<layout>``, loaded and saved again on 4 and on 2."""
     return folder
 
 
@@ -68,16 +64,16 @@ def test_no_bit_changes_by_loading_and_saving_elsewhere(layout: str, saved: Path
         assert torch.equal(again[name], value), name
 
 
-@pytest.mark.parametrize("layout", ["p2-dp2", "p2"])
-def test_training_goes_on(layout: str, saved: Path) -> None:
+@pytest.mark.parametrize(("layout", "world"), [("p2-dp2", "world4"), ("p2", "world2")])
+def test_training_goes_on(layout: str, world: str, saved: Path, request: pytest.FixtureRequest) -> None:
     model, _ = loaded(saved / "step")
     expected = model.loss(*batch(LAYOUTS["p4"]))
-    for rank in range(LAYOUTS[layout].world):
-        torch.testing.assert_close(torch.load(saved / f"{layout}.{rank}.pt"), expected.detach(), rtol=1e-10, atol=0)
+    for rank in request.getfixturevalue(world):
+        torch.testing.assert_close(rank["reshard"][layout], expected.detach(), rtol=1e-10, atol=0)
 
 
 def test_damage_is_refused(saved: Path, tmp_path: Path) -> None:
-    parts = sorted(path.name for path in (saved / "step").iterdir() if path.name != SUMS)
+    parts = sorted(path.name for path in (saved / "step").iterdir() if path.name != sealed.NAME)
     for name in parts:
         copy = shutil.copytree(saved / "step", tmp_path / f"flipped-{name}")
         content = bytearray((copy / name).read_bytes())
@@ -87,9 +83,9 @@ def test_damage_is_refused(saved: Path, tmp_path: Path) -> None:
             loaded(copy)
     copy = shutil.copytree(saved / "step", tmp_path / "missing")
     (copy / parts[-1]).unlink()
-    with pytest.raises(UserError, match="is missing, damaged or no checkpoint"):
+    with pytest.raises(UserError, match=re.escape(f"{copy / parts[-1]} is missing")):
         loaded(copy)
-    with pytest.raises(UserError, match="is missing, damaged or no checkpoint"):
+    with pytest.raises(UserError, match=r"checkpoint\.json is missing or damaged"):
         loaded(tmp_path / "nothing")
 
 

@@ -1,8 +1,6 @@
-"""Pipelines on gloo: every case of worker.py in real processes, against one process on the same global batch, in float64."""
+"""Pipelines on gloo: every case of cases.py in real processes, against one process on the same global batch, in float64."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,29 +8,13 @@ from torch import Tensor
 
 from fathom.models.transformer import Transformer
 from fathom.parallel.plan import Plan, make_plan
-from tests.parallel.processes import spawn
-from tests.parallel.worker import CASES, LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, batch, network
+from tests.parallel.cases import CASES, LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, batch, network
+from tests.parallel.conftest import Ranks
 
 pytestmark = pytest.mark.dist
 TOLERANCE = 1e-10
 TENSOR = MICRO_BATCH * LENGTH * 8 * 8
 """Bytes of one source of one micro-batch: D = 8 in float64."""
-
-Ranks = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ranks]:
-    """What each rank saw of a case, by the case's name; a world runs all its cases when the first is asked for."""
-    folders: dict[int, Path] = {}
-
-    def of(name: str) -> Ranks:
-        size = CASES[name].world
-        if size not in folders:
-            folders[size] = spawn(size, tmp_path_factory.mktemp("world"))
-        return [torch.load(folders[size] / f"{name}.{rank}.pt") for rank in range(size)]
-
-    return of
 
 
 def plan_of(case: Case) -> Plan:

@@ -7,7 +7,7 @@ import pytest
 from fathom.errors import UserError
 from fathom.models.accounting import flops_per_token
 from fathom.models.config import ModelConfig, ResidualConfig
-from fathom.parallel.pipeline import check_schedule
+from fathom.parallel.config import check_schedule
 from fathom.parallel.plan import Plan, describe, make_plan, site_costs, split
 
 

@@ -38,7 +38,7 @@ def test_counted_on_two_ranks() -> None:
     ("flags", "message"),
     [
         (["--ranks", "1"], "--ranks is 1: a pipeline needs at least two"),
-        (["--ranks", "4", "--micro-batches", "9"], "--micro-batches is 9: interleaved 1F1B takes a multiple"),
+        (["--ranks", "4", "--micro-batches", "9"], "9 micro-batches a step do not fit interleaved 1F1B on 4 ranks"),
         (["--ranks", "9", "--virtual", "3"], "27 stages cannot be cut from 18 sublayers"),
         (["--ranks", "2", "--virtual", "0"], "virtual is 0"),
     ],

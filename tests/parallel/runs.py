@@ -1,0 +1,83 @@
+"""Small training runs on several processes, in float64: what the worlds train, and the functions that do."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fathom.models.config import ModelConfig, ResidualConfig
+from fathom.parallel.config import ParallelConfig
+from fathom.train import loop
+from fathom.train.checkpoint import checkpoints
+from fathom.train.config import DataConfig, OptimConfig, RunConfig
+
+LAYOUTS = {
+    2: {"pp2": ParallelConfig(pp=2), "pp2-v2-full": ParallelConfig(pp=2, virtual=2, recompute="full")},
+    4: {
+        "pp2-v2-dp2": ParallelConfig(pp=2, virtual=2, dp=2),
+        "pp4": ParallelConfig(pp=4, schedule="looped_bfs"),
+        "dp4": ParallelConfig(dp=4),
+        "dp4-selective": ParallelConfig(dp=4, recompute="selective"),
+    },
+}
+"""By world size. Each trains from the start, and goes on from the middle of a run on other processes."""
+ORIGIN = "pp2-v2-dp2"
+BEFORE = {
+    "pp2-v2-dp2": "alone",
+    "pp4": ORIGIN,
+    "dp4": "alone",
+    "dp4-selective": ORIGIN,
+    "pp2": ORIGIN,
+    "pp2-v2-full": "alone",
+}
+"""Whose: ``alone`` is one process's."""
+STEPS, MIDDLE = 6, 3
+
+
+def config(corpus: Path, **parallel: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(dim=16, num_layers=3, num_heads=2, context=16, residual=ResidualConfig(rule="block", block_size=4)),
+        data=DataConfig(folder=str(corpus), batch=8, micro_batch=1),
+        optim=OptimConfig(warmup=2),
+        parallel=ParallelConfig(**parallel),
+        steps=STEPS, device="cpu", eval_every=2, eval_sequences=11, checkpoint_every=MIDDLE,
+    )  # fmt: skip
+
+
+def cut_short(run: Path, copy: Path) -> Path:
+    """A copy of a finished run as it was in the middle."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(checkpoints(copy)[-1])
+    (copy / "summary.json").unlink()
+    return copy
+
+
+def in_float64(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return train()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def train_all(world: int, rank: int, folder: Path) -> None:
+    """On every rank of a world: train ``folder/<layout>``, and go on with ``folder/<layout>-from-<another>``."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
+
+    def once(work: Callable[[], Any]) -> None:
+        if rank == 0:
+            work()
+        dist.barrier()
+
+    for name, parallel in LAYOUTS[world].items():
+        whole = replace(config(folder / "corpus"), parallel=parallel)
+        in_float64(lambda whole=whole, name=name: loop.train(whole, folder / name))
+        run = folder / f"{name}-from-{BEFORE[name]}"
+        once(lambda name=name, run=run: cut_short(folder / BEFORE[name], run))
+        in_float64(lambda run=run, parallel=parallel: loop.resume(run, parallel))
