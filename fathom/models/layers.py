@@ -52,6 +52,8 @@ class Context(NamedTuple):
     """[B, 1, T, T], True where attention may look; None for plain causal attention."""
     attend: Attend | None = None
     """In place of attention among these T tokens alone."""
+    documents: Tensor | None = None
+    """[B, T], the number of each token's document; None if documents do not matter."""
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
