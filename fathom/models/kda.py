@@ -138,10 +138,13 @@ def delta_rule(
     if query.is_cuda and query.dtype != torch.float64 and (documents is None or state is None):
         return _on_gpu(query, key, value, log_decay, beta, state, documents)
     wide = torch.promote_types(query.dtype, torch.float32)
-    inputs = [x.to(wide) for x in (query, key, value, log_decay, beta)]
+    q, k, v, g, b = (x.to(wide) for x in (query, key, value, log_decay, beta))
+    memory = None if state is None else state.to(wide)
     with torch.autocast(query.device.type, enabled=False):
-        compute = recurrent if query.shape[1] == 1 else chunked
-        output, memory = compute(*inputs, state=None if state is None else state.to(wide), documents=documents)
+        if query.shape[1] == 1:
+            output, memory = recurrent(q, k, v, g, b, memory)
+        else:
+            output, memory = chunked(q, k, v, g, b, memory, documents)
     return output.to(query.dtype), memory
 
 
