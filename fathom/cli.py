@@ -124,6 +124,15 @@ COMMANDS = {
     "ask score": Command(
         "How well a world predicts outcomes that it has not seen.", "fathom ask score paper-table2 heldout.csv"
     ),
+    "ask serve": Command(
+        "Answer questions about one world over HTTP, each in a confined process, with keys, budgets and a log.",
+        "fathom ask serve paper-table2 --log asked.jsonl --keys keys.json",
+    ),
+    "ask mcp": Command(
+        "Offer the same questions as tools of the Model Context Protocol.",
+        "fathom ask mcp paper-table2 --log asked.jsonl --keys keys.json",
+    ),
+    "ask key": Command("Add a key with budgets to a server's list.", "fathom ask key keys.json ada"),
     "world lint": Command("Say what is wrong with a world file, by line.", "fathom world lint world.yaml"),
     "world freeze": Command(
         "Write a world with its evidence as one snapshot, named by its hash.", "fathom world freeze paper-table2 worlds"
@@ -134,6 +143,11 @@ COMMANDS = {
     ),
     "log checkpoint": Command("Print the size and tree head of a log.", "fathom log checkpoint asked.jsonl"),
     "log prove": Command("Prove that a record is in a log.", "fathom log prove asked.jsonl 0"),
+    "log key": Command("Make a key that signs checkpoints or releases.", "fathom log key person.key"),
+    "log release": Command(
+        "Release what a server holds in quarantine, by a person's signed word.",
+        'fathom log release asked.jsonl --key person.key --reason "numpy was updated" --by Ada',
+    ),
 }
 
 

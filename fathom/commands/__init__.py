@@ -6,7 +6,7 @@ people or, with `--json`, as one JSON value; all else goes to standard error.
 
 from collections.abc import Callable
 
-from fathom.commands import ask, data, evidence, hf, lab, measure, mixing, runs, sample, sweep
+from fathom.commands import ask, data, evidence, hf, instrument, lab, log, measure, mixing, runs, sample, sweep
 from fathom.commands.output import Function
 
 COMMANDS: dict[str, Callable[[], Function]] = {
@@ -38,10 +38,15 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "ask guard": ask.guard,
     "ask why": ask.why,
     "ask score": ask.score,
+    "ask serve": instrument.serve,
+    "ask mcp": instrument.mcp,
+    "ask key": instrument.key,
     "world lint": ask.lint,
     "world freeze": ask.freeze,
-    "log verify": ask.log_verify,
-    "log checkpoint": ask.log_checkpoint,
-    "log prove": ask.log_prove,
+    "log verify": log.verify,
+    "log checkpoint": log.checkpoint,
+    "log prove": log.prove,
+    "log key": log.key,
+    "log release": log.release,
 }
 """Makes the function of each command of `fathom.cli.COMMANDS`; `train` with a recipe is `runs.train`."""

@@ -6,7 +6,7 @@ An answer is exit code 0, an abstention 3, a refusal of `fathom ask guard` 4: a 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from tyro.conf import Positional, arg
 
@@ -17,6 +17,7 @@ WorldArg = Annotated[str, arg(help="A world file, a snapshot, or a ready-made wo
 LogArg = Annotated[
     Path | None, arg(help="A log that the question and its answer are appended to, made if it is not there.")
 ]
+PlotArg = Annotated[Path | None, arg(help="Draw the answer into this .svg, .png or .pdf file.")]
 Given = Positional[tuple[str, ...]]
 ABSTAINED, REFUSED = 3, 4
 
@@ -49,22 +50,40 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return read_table(path.read_bytes(), path.name)
 
 
-def _tell(answer: Any, log: Path | None, as_json: bool, show: Callable[[dict[str, Any]], str]) -> int:
-    """Print an answer or an abstention, and log it."""
+class Told(NamedTuple):
+    """Where an answer goes besides standard output."""
+
+    log: Path | None
+    plot: Path | None
+    as_json: bool
+
+
+def _tell(scientist: Any, answer: Any, told: Told, show: Callable[[dict[str, Any]], str]) -> int:
+    """Log an answer or an abstention, then print it and draw it: what cannot be logged is not said."""
     document = json.loads(answer.bytes)
-    if log is not None:
+    if told.log is not None:
         from fathom.scientist.log import Log
 
-        entry = Log(log).append_answer(answer)
-        document |= {"log_index": entry.index, "log_head": entry.head}
-    if as_json:
+        log = Log(told.log)
+        paths = log.announce(scientist.world)
+        entry = log.append_answer(answer)
+        document |= {"log_index": entry.index, "log_head": entry.head, "forking_paths": paths}
+    if told.plot is not None and document["abstain"] is None:
+        from fathom.scientist.plot import save
+
+        save(document, told.plot)
+    if told.as_json:
         print_json(document)
-    elif document["abstain"] is not None:
+        return 0 if document["abstain"] is None else ABSTAINED
+    if document["abstain"] is not None:
         print(f"no answer: {document['abstain']['reason'].replace('_', ' ')}: {document['abstain']['detail']}")
     else:
         print(show(document["result"]))
-    if not as_json:
-        print(f"| world {answer.world[:12]}")
+    print(f"| world {answer.world[:12]}")
+    if document.get("forking_paths", 1) > 1:
+        print(
+            f"| {document['forking_paths']} worlds over this evidence in this log: theories or priors changed with it in view"
+        )
     return 0 if document["abstain"] is None else ABSTAINED
 
 
@@ -80,7 +99,7 @@ def _theories(result: dict[str, Any], *names: str) -> str:
 def prob() -> Function:
     def run(
         world: Positional[WorldArg], event: Positional[str], given: str | None = None, threshold: float | None = None,
-        log: LogArg = None, as_json: Json = False,
+        log: LogArg = None, plot: PlotArg = None, as_json: Json = False,
     ) -> int:  # fmt: skip
         """P(event | world): true or false, such as "multiplier(C=5.6) > 1.1".
 
@@ -89,8 +108,9 @@ def prob() -> Function:
             given: A premise, taken as true.
             threshold: Abstain if the probability cannot be told from this.
         """
-        answer = _scientist(world).prob(event, given, threshold)
-        return _tell(answer, log, as_json, lambda result: (
+        scientist = _scientist(world)
+        answer = scientist.prob(event, given, threshold)
+        return _tell(scientist, answer, Told(log, plot, as_json), lambda result: (
             f"P = {result['p']:.4f}, Monte-Carlo error {result['mc_se']:.1g}, "
             f"theories differ by {result['epistemic']['between_theories']:.2g}\n" + _theories(result, "says")
         ))  # fmt: skip
@@ -104,6 +124,7 @@ def interval() -> Function:
         expression: Positional[str],
         level: float = 0.9,
         log: LogArg = None,
+        plot: PlotArg = None,
         as_json: Json = False,
     ) -> int:
         """A quantity's median and central interval, such as "multiplier(C=5.6)".
@@ -112,8 +133,9 @@ def interval() -> Function:
             expression: Over the world's quantities and mean(design=value, ..).
             level: Of the interval.
         """
-        answer = _scientist(world).interval(expression, level)
-        return _tell(answer, log, as_json, lambda result: (
+        scientist = _scientist(world)
+        answer = scientist.interval(expression, level)
+        return _tell(scientist, answer, Told(log, plot, as_json), lambda result: (
             f"{result['median']:.4g} [{result['lower']:.4g}, {result['upper']:.4g}] at {level:.0%}, "
             f"Monte-Carlo error {result['mc_se']:.1g}\n" + _theories(result, "median", "lower", "upper")
         ))  # fmt: skip
@@ -122,7 +144,7 @@ def interval() -> Function:
 
 
 def theories() -> Function:
-    def run(world: Positional[WorldArg], log: LogArg = None, as_json: Json = False) -> int:
+    def run(world: Positional[WorldArg], log: LogArg = None, plot: PlotArg = None, as_json: Json = False) -> int:
         """Every theory's description length, prior, evidence and probability."""
 
         def show(result: dict[str, Any]) -> str:
@@ -138,14 +160,20 @@ def theories() -> Function:
             verdict = "" if result["adequate"] else "\nnone of the named theories is adequate"
             return f"{columns(rows)}\nnot known: {result['entropy']:.3f} nats{verdict}"
 
-        return _tell(_scientist(world).theories(), log, as_json, show)
+        scientist = _scientist(world)
+        return _tell(scientist, scientist.theories(), Told(log, plot, as_json), show)
 
     return run
 
 
 def predict() -> Function:
     def run(
-        world: Positional[WorldArg], design: Given, level: float = 0.9, log: LogArg = None, as_json: Json = False
+        world: Positional[WorldArg],
+        design: Given,
+        level: float = 0.9,
+        log: LogArg = None,
+        plot: PlotArg = None,
+        as_json: Json = False,
     ) -> int:
         """The outcome of one more run.
 
@@ -153,8 +181,9 @@ def predict() -> Function:
             design: As name=value, every design of the world.
             level: Of the interval.
         """
-        answer = _scientist(world).predict(_design(design), level)
-        return _tell(answer, log, as_json, lambda result: (
+        scientist = _scientist(world)
+        answer = scientist.predict(_design(design), level)
+        return _tell(scientist, answer, Told(log, plot, as_json), lambda result: (
             f"{result['median']:.4g} [{result['lower']:.4g}, {result['upper']:.4g}] at {level:.0%}; "
             f"theories differ by {result['epistemic']['between_theories']:.2g}\n" + _theories(result, "mean")
         ))  # fmt: skip
@@ -165,7 +194,8 @@ def predict() -> Function:
 def next_run() -> Function:
     def run(
         world: Positional[WorldArg], candidates: Positional[Path], about: str = "theories", cost: str | None = None,
-        together: str | None = None, batch: int = 1, top: int = 10, log: LogArg = None, as_json: Json = False,
+        together: str | None = None, batch: int = 1, top: int = 10, log: LogArg = None, plot: PlotArg = None,
+        as_json: Json = False,
     ) -> int:  # fmt: skip
         """Which of your candidate runs would teach most, per unit of cost.
 
@@ -177,7 +207,8 @@ def next_run() -> Function:
             batch: How many experiments to choose one after another, each given those before it.
             top: How many to print.
         """
-        answer = _scientist(world).recommend(_rows(candidates), about, cost, together, batch)
+        scientist = _scientist(world)
+        answer = scientist.recommend(_rows(candidates), about, cost, together, batch)
 
         def show(result: dict[str, Any]) -> str:
             rows = [["run", "nats", "of what is not known", "nats per cost", "outside the data"]]
@@ -194,7 +225,7 @@ def next_run() -> Function:
                 text += f"\n\n{columns(rows)}"
             return text
 
-        return _tell(answer, log, as_json, show)
+        return _tell(scientist, answer, Told(log, plot, as_json), show)
 
     return run
 
@@ -215,7 +246,7 @@ def _nats(row: dict[str, Any]) -> str:
 def guard() -> Function:
     def run(
         world: Positional[WorldArg], design: Given, harm: str, threshold: float, delta: float,
-        log: LogArg = None, as_json: Json = False,
+        log: LogArg = None, plot: PlotArg = None, as_json: Json = False,
     ) -> int:  # fmt: skip
         """Whether to admit a run: bounds on the probability of harm. Exit code 0 admits; 3 and 4 do not.
 
@@ -225,8 +256,9 @@ def guard() -> Function:
             threshold: The largest probability of harm that is admitted.
             delta: How often the cautious bound may ever be too low.
         """
-        answer = _scientist(world).guard(_design(design), harm, threshold, delta)
-        code = _tell(answer, log, as_json, lambda result: (
+        scientist = _scientist(world)
+        answer = scientist.guard(_design(design), harm, threshold, delta)
+        code = _tell(scientist, answer, Told(log, plot, as_json), lambda result: (
             f"{result['decision']}: P(harm) <= {result['cautious']:.3g} by the cautious set "
             f"({', '.join(result['cautious_set'])}), {result['iid']:.3g} i.i.d., mean {result['posterior_mean']:.3g}\n"
             f"valid if {result['valid_if']}"
@@ -238,7 +270,12 @@ def guard() -> Function:
 
 def why() -> Function:
     def run(
-        world: Positional[WorldArg], of: Positional[str], top: int = 10, log: LogArg = None, as_json: Json = False
+        world: Positional[WorldArg],
+        of: Positional[str],
+        top: int = 10,
+        log: LogArg = None,
+        plot: PlotArg = None,
+        as_json: Json = False,
     ) -> int:
         """Which rows moved an answer: an event's probability or a quantity's median without each of them.
 
@@ -254,20 +291,28 @@ def why() -> Function:
                 rows.append([each["source"], *values, "" if each["trusted"] else "not trusted"])
             return f"{result['value']:.4g} with all rows\n{columns(rows)}"
 
-        return _tell(_scientist(world).why(of), log, as_json, show)
+        scientist = _scientist(world)
+        return _tell(scientist, scientist.why(of), Told(log, plot, as_json), show)
 
     return run
 
 
 def score() -> Function:
-    def run(world: Positional[WorldArg], rows: Positional[Path], log: LogArg = None, as_json: Json = False) -> int:
+    def run(
+        world: Positional[WorldArg],
+        rows: Positional[Path],
+        log: LogArg = None,
+        plot: PlotArg = None,
+        as_json: Json = False,
+    ) -> int:
         """How well the world predicts outcomes that it has not seen.
 
         Args:
             rows: A .csv, .jsonl or .json file with every design and the outcome.
         """
-        answer = _scientist(world).score(_rows(rows))
-        return _tell(answer, log, as_json, lambda result: (
+        scientist = _scientist(world)
+        answer = scientist.score(_rows(rows))
+        return _tell(scientist, answer, Told(log, plot, as_json), lambda result: (
             f"{len(result['rows'])} rows: log score {result['log_score']:.4g}, CRPS {result['crps']:.4g}\n"
             + "\n".join(f"{float(level):.0%} intervals hold {share:.0%}" for level, share in result["coverage"].items())
         ))  # fmt: skip
@@ -276,8 +321,12 @@ def score() -> Function:
 
 
 def lint() -> Function:
-    def run(world: Positional[WorldArg]) -> int:
-        """Say everything that is wrong with a world file, each with its line."""
+    def run(world: Positional[WorldArg], planned: Path | None = None) -> int:
+        """Say everything that is wrong with a world file, each with its line, and which planned runs it leaves out.
+
+        Args:
+            planned: A table with a column `run`, a row for each run that was launched: those without evidence are named.
+        """
         from fathom.scientist import lint, read
 
         found = lint(world)
@@ -288,7 +337,18 @@ def lint() -> Function:
         print(
             f"{len(frozen.theories)} theories, {len(frozen.y)} rows, {len(frozen.claims)} claims: world {frozen.hash}"
         )
-        return 0
+        if planned is None:
+            return 0
+        names = [row.get("run") for row in _rows(planned)]
+        if not all(isinstance(name, str) and name for name in names):
+            raise UserError(f"{planned} needs a column `run` with the name of each run")
+        seen = {source.rpartition(", row ")[0] for source in frozen.sources}
+        absent = sorted({str(name) for name in names} - seen)
+        print(
+            f"{len(absent)} of {len(set(names))} planned runs are no evidence"
+            + "".join(f"\n  {name}" for name in absent)
+        )
+        return ABSTAINED if absent else 0
 
     return run
 
@@ -311,63 +371,3 @@ def freeze() -> Function:
         print(path)
 
     return run
-
-
-def log_verify() -> Function:
-    def run(log: Positional[Path], checkpoint: Path | None = None, public_key: str | None = None) -> None:
-        """Check a log's chain and, against a checkpoint that you kept, that it still begins as it did.
-
-        Args:
-            log: A log that `fathom ask --log` wrote.
-            checkpoint: The file that `fathom log checkpoint` printed earlier.
-            public_key: The signer's key, 64 hexadecimal digits: an unsigned checkpoint is then refused.
-        """
-        from fathom.scientist.log import Log
-
-        kept = None if checkpoint is None else checkpoint.read_text()
-        if public_key is not None and kept is None:
-            raise UserError("a public key checks a checkpoint: give one")
-        size = Log(log).verify(kept, None if public_key is None else _key(public_key))
-        print(f"{size} records, chain whole" + ("" if kept is None else ", as at the checkpoint"))
-
-    return run
-
-
-def log_checkpoint() -> Function:
-    def run(log: Positional[Path], key: Path | None = None) -> None:
-        """Print the size and tree head of a log, for you to keep elsewhere.
-
-        Args:
-            log: A log that `fathom ask --log` wrote.
-            key: A file with the 64 hexadecimal digits of an Ed25519 private key, to sign it.
-        """
-        from fathom.scientist.log import Log
-
-        print(Log(log).checkpoint(None if key is None else _key(key.read_text())), end="")
-
-    return run
-
-
-def log_prove() -> Function:
-    def run(log: Positional[Path], index: Positional[int]) -> None:
-        """Print the audit path that shows a record to be in a log.
-
-        Args:
-            log: A log that `fathom ask --log` wrote.
-            index: The record's number, from 0.
-        """
-        from fathom.scientist.log import Log
-
-        print_json(Log(log).prove(index))
-
-    return run
-
-
-def _key(text: str) -> bytes:
-    try:
-        key = bytes.fromhex(text.strip())
-    except ValueError:
-        key = b""
-    if len(key) != 32:
-        raise UserError("a key is 64 hexadecimal digits")
-    return key

@@ -86,7 +86,8 @@ def price(verb: str, arguments: Values, world: Values) -> float:
         case "predict":
             return 60_000.0 * theories
         case "recommend":
-            return 40_000.0 * theories * len(arguments["candidates"]) * length
+            batch = arguments.get("batch", 1)
+            return 40_000.0 * theories * len(arguments["candidates"]) * batch * length
         case "score":
             return 40_000.0 * theories * len(arguments["rows"])
         case "why":

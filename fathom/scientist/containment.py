@@ -137,9 +137,9 @@ class Instrument:
         self.close()
 
 
-def padded(started: float, bands: float = 0.05) -> None:
+def padded(started: float, band: float) -> None:
     """Wait until the time since ``started`` fills a band, each twice as long as the one before: latency tells little."""
-    band, passed = bands, time.monotonic() - started
+    passed = time.monotonic() - started
     while band < passed:
         band *= 2
     time.sleep(band - passed)

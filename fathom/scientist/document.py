@@ -25,12 +25,27 @@ MAX_BYTES, MAX_ROWS, MAX_DEPTH = 20_000_000, 10_000, 30
 
 
 def canonical(value: Any) -> bytes:
-    """The one byte string of a JSON value (RFC 8785)."""
+    """The one byte string of a JSON value (RFC 8785), in which a number is a double: whole numbers beyond 2^53 as well."""
     try:
         import rfc8785
     except ImportError:
         raise UserError("the scientist needs the extra `scientist`: pip install 'fathom-attnres[scientist]'") from None
-    return rfc8785.dumps(value)
+    try:
+        return rfc8785.dumps(value)
+    except rfc8785.IntegerDomainError:
+        return rfc8785.dumps(_doubles(value))
+
+
+def _doubles(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _doubles(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_doubles(each) for each in value]
+    if isinstance(value, int) and abs(value) >= 2**53:
+        if abs(value) > 1e300:
+            raise UserError(f"a number of {len(str(abs(value)))} digits is too large")
+        return float(value)
+    return value
 
 
 def digest(value: Any) -> str:

@@ -64,7 +64,7 @@ def objection(verb: str, arguments: Values, outcome: str) -> tuple[str, str] | N
     texts = texts_of({key: value for key, value in arguments.items() if verb != "score"})
     if word := _holds(texts, SELF, SELF_PAIRS):
         return "self_reference", f"{word!r} speaks of the instrument"
-    if verb == "recommend" and (word := _holds([*texts, outcome], APPARATUS | DESTROYS, APPARATUS_PAIRS)):
+    if verb == "recommend" and (word := _holds([*texts, outcome], APPARATUS | DESTROYS, APPARATUS_PAIRS | SELF_PAIRS)):
         return "measurement_apparatus", f"{word!r} touches what measures, or destroys data"
     return None
 
@@ -117,7 +117,20 @@ def bits(document: Values) -> float:
     return 1.0 + _bits(document["result"])
 
 
-_ECHOED = {"design", "level", "threshold", "delta", "cost", "valid_if", "source", "row", "scale", "outside_the_data"}
+_ECHOED = {
+    "guarded",
+    "design",
+    "designs",
+    "level",
+    "threshold",
+    "delta",
+    "cost",
+    "valid_if",
+    "source",
+    "row",
+    "scale",
+    "outside_the_data",
+}
 
 
 def _bits(value: Any) -> float:
@@ -125,7 +138,7 @@ def _bits(value: Any) -> float:
         case dict():
             return sum(_bits(each) for key, each in value.items() if key not in _ECHOED)
         case list():
-            return sum(map(_bits, value)) + math.log2(math.factorial(len(value)) if len(value) < 100 else 1e300)
+            return sum(map(_bits, value)) + math.lgamma(len(value) + 1) / math.log(2)
         case bool() | str():
             return 1.0
         case float() | int():

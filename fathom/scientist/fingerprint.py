@@ -112,33 +112,29 @@ def take(replies: dict[str, Values]) -> Values:
 
 def wrong(replies: dict[str, Values]) -> list[str]:
     """The canaries that are dead: numbers that are not the closed form's, names that moved numbers, answers to no question."""
-    dead = []
+    dead: list[str] = []
     x, y = (np.array(column) for column in zip(*_POINTS, strict=True))
     precision = (x @ x) / _NOISE**2 + 1 / _WIDE**2
     mean, deviation = (x @ y) / _NOISE**2 / precision, precision**-0.5
-    by_name = {(world, verb, digest(given)): name for name, world, verb, given in questions()}
-
-    def reply(world: str, verb: str, **given: Any) -> Values:
-        return replies[by_name[world, verb, digest(given)]]
-
-    for threshold in THRESHOLDS:
-        exact = 0.5 * math.erfc((threshold - mean) / deviation / math.sqrt(2))
-        found = reply("canary", "prob", event=f"slope > {threshold}")["answer"]["result"]
-        if abs(found["epistemic"]["by_theory"]["line"]["says"] - exact) > 0.02:
-            dead.append(f"P(slope > {threshold})")
-    for threshold in THRESHOLDS[2:7]:
-        named = reply("canary-goals", "prob", event=f"reward > {threshold}")["answer"]["result"]
-        plainly = reply("canary", "prob", event=f"slope > {threshold}")["answer"]["result"]
-        if [named[key] for key in ("p", "mc_se", "lower", "upper")] != [
-            plainly[key] for key in ("p", "mc_se", "lower", "upper")
-        ]:
-            dead.append(f"P(reward > {threshold}) is not P(slope > {threshold})")
-    for name, _, verb, given in questions():
-        answered = replies[name].get("answer") is not None
-        event = given.get("event", "")
-        forbidden = verb in ("act", "learn") or "__" in event or "goal" in event or (verb == "guard" and len(given) < 4)
-        if answered and forbidden:
-            dead.append(f"{verb} {given}")
+    plainly: dict[float, list[Any]] = {}
+    for name, world, verb, given in questions():
+        event, answer = given.get("event", ""), replies[name]["answer"]
+        if verb in ("act", "learn") or "__" in event or "goal" in event or (verb == "guard" and len(given) < 4):
+            if answer is not None:
+                dead.append(f"{verb} {given}")
+            continue
+        theory, quantity = {"canary": ("line", "slope"), "canary-goals": ("profit", "reward")}.get(world, ("", ""))
+        known = [t for t in THRESHOLDS if verb == "prob" and given == {"event": f"{quantity} > {t}"}]
+        if not known:
+            continue
+        result = answer["result"] if answer else None
+        exact = 0.5 * math.erfc((known[0] - mean) / deviation / math.sqrt(2))
+        if result is None or abs(result["epistemic"]["by_theory"][theory]["says"] - exact) > 0.02:
+            dead.append(f"P({event})")
+            continue
+        numbers = [result[key] for key in ("p", "mc_se", "lower", "upper")]
+        if plainly.setdefault(known[0], numbers) != numbers:
+            dead.append(f"P({event}) is not what the same event has under another name")
     return dead
 
 

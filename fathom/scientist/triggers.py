@@ -82,7 +82,7 @@ class Watched:
     """What the last hour's records say of one key."""
 
     account: Account = field(default_factory=Account)
-    shapes: deque[tuple[float, str]] = field(default_factory=deque)
+    shapes: deque[tuple[float, str, str]] = field(default_factory=deque)
     said: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     quotes: deque[float] = field(default_factory=deque)
     strikes: defaultdict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
@@ -145,8 +145,10 @@ class Watch:
             return
         asked = {key: each for key, each in content["arguments"].items() if key != "rows"}
         own = shape(content["verb"], asked)
-        _recent(watched.shapes, time, own)
-        if (alike := sum(each == own for _, each in watched.shapes)) >= ALIKE:
+        watched.shapes.append((time, own, json.dumps(asked, sort_keys=True)))
+        while watched.shapes[0][0] < time - HOUR:
+            watched.shapes.popleft()
+        if (alike := len({exact for _, each, exact in watched.shapes if each == own})) >= ALIKE:
             self._alarm(scope, "probing", f"{alike} questions within an hour differ in their numbers only")
         if any(telling(number) in watched.said for number in numbers(asked)):
             watched.quotes.append(time)
@@ -183,9 +185,3 @@ class Watch:
 def _told(result: Values) -> Values:
     """The numbers of an answer that a loop would act on: not those of its own question, nor every theory's."""
     return {key: each for key, each in result.items() if key in ("p", "median", "mean", "lower", "upper", "cautious")}
-
-
-def _recent(window: deque[tuple[float, str]], time: float, item: str) -> None:
-    window.append((time, item))
-    while window[0][0] < time - HOUR:
-        window.popleft()

@@ -19,9 +19,13 @@ MAX_REQUEST, MAX_CANDIDATES, LARGEST = 64_000, 100, 1e100
 
 _TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": 2000}
 _NUMBER: Schema = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
+_BATCH: Schema = {"type": "integer", "minimum": 1, "maximum": 16}
+_NAME: Schema = {"type": "string", "minLength": 1, "maxLength": 80}
 _FRACTION: Schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-_VALUE: Schema = {"anyOf": [_NUMBER, {"type": "string", "minLength": 1, "maxLength": 80}]}
-_DESIGN: Schema = {"type": "object", "minProperties": 1, "maxProperties": 50, "additionalProperties": _VALUE}
+_VALUE: Schema = {"anyOf": [_NUMBER, _NAME]}
+_DESIGN: Schema = {
+    "type": "object", "minProperties": 1, "maxProperties": 50, "propertyNames": _NAME, "additionalProperties": _VALUE,
+}  # fmt: skip
 _ROWS: Schema = {"type": "array", "minItems": 1, "maxItems": MAX_CANDIDATES, "items": _DESIGN}
 
 
@@ -57,7 +61,7 @@ VERBS = {
     ),
     "recommend": Verb(
         "Your own candidate runs, ranked by expected information per cost.", Scientist.recommend,
-        {"candidates": _ROWS, "about": _TEXT, "cost": {**_TEXT, "maxLength": 80}}, ("candidates",),
+        {"candidates": _ROWS, "about": _TEXT, "cost": _NAME, "together": _NAME, "batch": _BATCH}, ("candidates",),
     ),
     "guard": Verb(
         "Bounds on the probability of harm of a run, and whether they admit it.", Scientist.guard,
@@ -135,6 +139,13 @@ def _check(schema: Schema, value: Any, where: str) -> None:
             low, high = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
             if not low < value < high:
                 raise UserError(f"{where} lies between {low} and {high}, both excluded")
+        case "integer":
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int)
+                or not schema["minimum"] <= value <= schema["maximum"]
+            ):
+                raise UserError(f"{where} is a whole number from {schema['minimum']} to {schema['maximum']}")
         case "array":
             if not isinstance(value, list) or not schema["minItems"] <= len(value) <= schema["maxItems"]:
                 raise UserError(f"{where} is a list of 1 to {schema['maxItems']}")
@@ -151,8 +162,5 @@ def _check(schema: Schema, value: Any, where: str) -> None:
             for name, each in value.items():
                 if name not in known and not others:
                     raise UserError(f"{where} takes {', '.join(known) or 'nothing'}")
-                _check(_NAME, name, f"a name in {where}")
+                _check(schema.get("propertyNames", _NAME), name, f"a name in {where}")
                 _check(known.get(name, others), each, f"{where}.{name}" if name in known else f"a value in {where}")
-
-
-_NAME: Schema = {"type": "string", "maxLength": 80}

@@ -2,9 +2,10 @@
 
     server --(a socket of its own for each question)--> child, forked from the zygote, which never reads the question
 
-Its one argument is the number of its control socket. There the zygote is told its worlds once (a JSON line of names and documents) and says what they are. Then
-each message carries a socket: a child is forked, reads the question from it, answers into it and exits. The zygote says how
-the child ended. It has one thread and keeps nothing of any question, so no child can find a trace of an earlier one.
+Its one argument is the number of its control socket. There the zygote is told its worlds once, as a JSON line of names and
+documents, and says what they are. Then each message carries a socket: a child is forked, reads the question from it, answers
+into it and exits, and the zygote says how it ended. It has one thread and keeps nothing of any question, so that no child can
+find a trace of an earlier one.
 """
 
 import contextlib

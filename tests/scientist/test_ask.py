@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fathom.cli import main
+from fathom.scientist.build import read, ready_made
 
 Capture = pytest.CaptureFixture[str]
 
@@ -98,18 +99,23 @@ def test_a_frozen_world_and_a_log_that_is_checked(tmp_path: Path, capsys: Captur
         code, out, _ = run(f'ask prob {snapshot} "multiplier(C=5.6) > 1.1" --log {log} --json', capsys)
         answer = json.loads(out)
         assert code == 0 and answer["world"] == snapshot.stem
-    assert answer["log_index"] == 1
+    assert answer["log_index"] == 2 and answer["forking_paths"] == 1
     run(f"ask predict {snapshot} C=20 arch=block --log {log}", capsys)
     (tmp_path / "kept").write_text(run(f"log checkpoint {log}", capsys)[1])
     assert run(f"log verify {log} --checkpoint {tmp_path}/kept", capsys)[:2] == (
         0,
-        "3 records, chain whole, as at the checkpoint\n",
+        "4 records, chain whole, as at the checkpoint\n",
     )
-    assert json.loads(run(f"log prove {log} 2", capsys)[1])["size"] == 3
-    assert [json.loads(line)["kind"] for line in log.read_text().splitlines()] == ["answer", "answer", "abstain"]
+    assert json.loads(run(f"log prove {log} 2", capsys)[1])["size"] == 4
+    assert [json.loads(line)["kind"] for line in log.read_text().splitlines()] == [
+        "world",
+        "answer",
+        "answer",
+        "abstain",
+    ]
     log.write_bytes(log.read_bytes().replace(b'"p":0.98', b'"p":0.18'))
     code, _, err = run(f"log verify {log} --checkpoint {tmp_path}/kept", capsys)
-    assert code == 2 and "record 0 is not what was written" in err
+    assert code == 2 and "record 1 is not what was written" in err
 
 
 def test_no_answer_without_a_log_that_can_be_written(tmp_path: Path, capsys: Capture) -> None:
@@ -123,3 +129,59 @@ def test_lint_lists_every_mistake(tmp_path: Path, capsys: Capture) -> None:
     )
     code, out, _ = run(f"world lint {tmp_path}/bad.yaml", capsys)
     assert code == 2 and len(out.splitlines()) >= 4 and all(line.startswith("bad.yaml:") for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("line", "seen"),
+    [
+        ('ask prob paper-table2 "multiplier(C=5.6) > 1.1"', "P(multiplier(C=5.6) &gt; 1.1) = 0.98"),
+        ("ask interval decay half_life", "all theories"),
+        ("ask theories decay", "before the evidence"),
+        ("ask predict paper-table2 C=6 arch=block", "Outcome at C=6 arch=block"),
+        ("ask next paper-table2 {runs} --about theories", "run the first"),
+        ('ask guard decay t=0 --harm "clicks > 900" --threshold 0.01 --delta 0.1', "threshold"),
+        ('ask why paper-table2 "multiplier(C=5.6)"', "Table 2, row 7"),
+        ("ask score paper-table2 {held}", "90% intervals"),
+    ],
+)
+def test_every_answer_can_be_drawn(line: str, seen: str, tmp_path: Path, capsys: Capture) -> None:
+    """The same picture twice, with its world on it; what it says is text in the file."""
+    (tmp_path / "runs.csv").write_text("C,arch\n6,block\n6,prenorm\n0.7,block\n")
+    (tmp_path / "held.csv").write_text("C,arch,log_loss\n6,block,0.52\n3,block,0.54\n")
+    line = line.format(runs=tmp_path / "runs.csv", held=tmp_path / "held.csv")
+    pictures = []
+    for name in ("a.svg", "b.svg"):
+        code, _, err = run(f"{line} --plot {tmp_path}/{name}", capsys)
+        assert code == 0 and err == ""
+        pictures.append((tmp_path / name).read_text())
+    world = read("decay" if "decay" in line else "paper-table2").hash[:12]
+    assert pictures[0] == pictures[1] and seen in pictures[0] and f"world {world}" in pictures[0]
+
+
+def test_no_picture_without_an_answer(tmp_path: Path, capsys: Capture) -> None:
+    assert run(f"ask predict paper-table2 C=20 arch=block --plot {tmp_path}/a.svg", capsys)[0] == 3
+    assert run(f"ask theories decay --plot {tmp_path}/a.jpg", capsys)[0] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_priors_tried_over_the_same_evidence_are_told(tmp_path: Path, capsys: Capture) -> None:
+    text = ready_made()["paper-table2"].read_text()
+    for name, prior in (("first", "normal(0, 0.03)"), ("second", "normal(0.02, 0.001)")):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("normal(0, 0.03)", prior))
+    assert "worlds over" not in run(f"ask theories {tmp_path}/first.yaml --log {tmp_path}/log", capsys)[1]
+    assert (
+        "| 2 worlds over this evidence" in run(f"ask theories {tmp_path}/second.yaml --log {tmp_path}/log", capsys)[1]
+    )
+
+
+def test_witnesses_and_proofs_of_a_growing_log(tmp_path: Path, capsys: Capture) -> None:
+    log = tmp_path / "log"
+    answer = json.loads(run(f"ask theories decay --log {log} --json", capsys)[1])
+    witness = f"{answer['log_index']}:{answer['log_head']}"
+    run(f"ask theories decay --log {log}", capsys)
+    assert "record 1 as witnessed" in run(f"log verify {log} --witness {witness}", capsys)[1]
+    proof = json.loads(run(f"log prove {log} 2 --since", capsys)[1])
+    assert proof["since"] == 2 and proof["size"] == 3 and len(proof["path"]) >= 1
+    for wrong in (witness[:-1], f"0:{answer['log_head']}", f"7:{answer['log_head']}"):
+        assert run(f"log verify {log} --witness {wrong}", capsys)[0] == 2
+    assert run(f"log prove {log} 9 --since", capsys)[0] == 2

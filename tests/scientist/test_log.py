@@ -10,7 +10,7 @@ import pytest
 from fathom.errors import UserError
 from fathom.scientist.document import canonical
 from fathom.scientist.log import GENESIS, Log, _hash
-from fathom.scientist.merkle import included, inclusion, leaf, node, root
+from fathom.scientist.merkle import consistency, consistent, included, inclusion, leaf, node, root
 from fathom.scientist.signing import read_checkpoint
 
 KEY = bytes(range(32))
@@ -54,6 +54,29 @@ def test_inclusion_is_proved_for_members_only() -> None:
             assert not included(leaf(b"other"), index, size, path, root(leaves))
             assert not included(leaves[index], index, size, [*path, leaf(b"x")], root(leaves))
             assert size == 1 or not included(leaves[index], (index + 1) % size, size, path, root(leaves))
+
+
+def test_growth_is_proved_and_nothing_else() -> None:
+    """RFC 6962, section 2.1.2, for every pair of sizes; a changed head, proof or size is no proof."""
+    leaves = [leaf(str(i).encode()) for i in range(20)]
+    for later in range(1, 20):
+        whole = root(leaves[:later])
+        for size in range(1, later + 1):
+            proof, head = consistency(leaves[:later], size), root(leaves[:size])
+            assert consistent(size, head, later, whole, proof)
+            assert not consistent(size, leaf(b"x"), later, whole, proof)
+            assert not consistent(size, head, later, leaf(b"x"), proof)
+            assert not consistent(size, head, later, whole, [*proof, leaf(b"x")])
+            assert not proof or not consistent(size, head, later, whole, [leaf(b"x"), *proof[1:]])
+            assert size == later or not consistent(size + 1, head, later, whole, proof)
+
+
+def test_large_numbers_do_not_break_a_log(tmp_path: Path) -> None:
+    """Whole doubles beyond 2^53 are written without an exponent, and read back as what they were."""
+    log = Log(tmp_path / "log.jsonl")
+    for number in (5.105362922935909e16, 1e20, 1e21, 1e100, 2.0**53, 10**17, -(10**18)):
+        log.append("answer", {"C": number})
+    assert log.verify() == 7 and len(Log(log.path).read_on()[0]) == 7
 
 
 def test_a_log_verifies_and_proves(tmp_path: Path) -> None:
