@@ -9,7 +9,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from fathom.models import kimi_counts
 from fathom.models.config import ModelConfig, ResidualConfig
+from fathom.models.kimi_config import KimiConfig
 from fathom.models.layers import AttentionInput, AttentionOutput
 from fathom.models.transformer import Transformer
 from fathom.residuals import make_stream
@@ -22,12 +24,19 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     inner, kv = config.num_heads * config.head_width, config.kv_heads * config.head_width
     with FakeTensorMode():
         rule = sum(parameter.numel() for parameter in _stream(config).parameters())
+    norms = (config.num_sublayers + 1) * config.dim
+    if isinstance(config, KimiConfig):
+        sublayers = kimi_counts.parameters(config)
+    else:
+        norms += 2 * config.num_layers * config.head_width if config.qk_norm else 0
+        sublayers = {
+            "attention": config.num_layers * (config.dim * (inner + 2 * kv) + inner * config.dim),
+            "mlp": config.num_layers * 3 * config.dim * config.mlp_width,
+        }
     return {
         "embedding": config.vocab_size * config.dim,
-        "attention": config.num_layers * (config.dim * (inner + 2 * kv) + inner * config.dim),
-        "mlp": config.num_layers * 3 * config.dim * config.mlp_width,
-        "norms": (config.num_sublayers + 1) * config.dim
-        + (2 * config.num_layers * config.head_width if config.qk_norm else 0),
+        **sublayers,
+        "norms": norms,
         "residual rule": rule,
         "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
     }
@@ -100,10 +109,16 @@ def flops_per_token(config: ModelConfig, context: int) -> dict[str, float]:
         rule = float(stream.flops())
     else:
         rule = 0.0 if config.residual.rule == "prenorm" else 6.0 * config.dim * sum(source_counts(config))
+    if isinstance(config, KimiConfig):
+        sublayers = kimi_counts.flops_per_token(config, context)
+    else:
+        sublayers = {
+            "attention matrices": 2.0 * counts["attention"],
+            "attention scores": 4.0 * config.num_layers * config.num_heads * config.head_width * (context + 1) / 2,
+            "mlp": 2.0 * counts["mlp"],
+        }
     return {
-        "attention matrices": 2.0 * counts["attention"],
-        "attention scores": 4.0 * config.num_layers * config.num_heads * config.head_width * (context + 1) / 2,
-        "mlp": 2.0 * counts["mlp"],
+        **sublayers,
         "residual rule": rule,
         "head": 2.0 * config.vocab_size * config.dim,
     }

@@ -1,13 +1,16 @@
 """What a Kimi Linear decoder is (arXiv 2510.26692; Kimi K3, arXiv 2607.24653), beside what every decoder has."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from fathom.errors import UserError
 from fathom.models.config import ModelConfig
 
 NOT_OURS = ("num_kv_heads", "qk_norm", "rope_base")
 """Settings of a plain transformer's attention, which has neither a compressed cache nor a recurrent state."""
+
+Activation = Literal["swiglu", "situ"]
+Balance = Literal["bias", "quantile", "none"]
 
 REACHING = ("value_residual", "muddformer")
 """The rules that reach into the projections of a plain attention."""
@@ -52,9 +55,9 @@ class KimiConfig(ModelConfig):
     """What the sum of the routed experts is multiplied by."""
     latent_dim: int | None = None
     """Width that tokens are projected to before the routed experts (Kimi K3's latent MoE); the decoder's own if not given."""
-    mlp_activation: Literal["swiglu", "situ"] = "swiglu"
+    mlp_activation: Activation = "swiglu"
     """SwiGLU, or Kimi K3's SiTU-GLU."""
-    balance: Literal["bias", "quantile", "none"] = "bias"
+    balance: Balance = "bias"
     """How expert loads are evened out: a bias moved by its sign (arXiv 2408.15664), Kimi K3's quantiles, or not at all."""
     balance_rate: float = 1e-3
     """How far a step of training moves the bias (balance bias)."""
@@ -65,6 +68,9 @@ class KimiConfig(ModelConfig):
         for name in NOT_OURS:
             if getattr(self, name) != plain[name]:
                 raise UserError(f"model.{name} is {getattr(self, name)}: Kimi Linear has no such setting; leave it out")
+        for name, known in (("mlp_activation", Activation), ("balance", Balance)):
+            if getattr(self, name) not in get_args(known):
+                raise UserError(f"model.{name} is {getattr(self, name)!r}: it must be {' or '.join(get_args(known))}")
         for name in (
             "mla_every",
             "conv_size",

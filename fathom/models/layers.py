@@ -72,13 +72,15 @@ def rotate(
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def document_mask(tokens: Int[Tensor, "B T"], end_of_text: int) -> Bool[Tensor, "B 1 T T"]:
-    """True where query t may see key s: s <= t, and no document ends in s .. t-1.
-
-    The end-of-text token belongs to the document that it ends.
-    """
+def document_numbers(tokens: Int[Tensor, "B T"], end_of_text: int) -> Int[Tensor, "B T"]:
+    """How many documents ended before each token; the end-of-text token belongs to the document that it ends."""
     ends = (tokens == end_of_text).long()
-    document = ends.cumsum(-1) - ends
+    return ends.cumsum(-1) - ends
+
+
+def document_mask(tokens: Int[Tensor, "B T"], end_of_text: int) -> Bool[Tensor, "B 1 T T"]:
+    """True where query t may see key s: s <= t, and no document ends in s .. t-1."""
+    document = document_numbers(tokens, end_of_text)
     same = document.unsqueeze(-1) == document.unsqueeze(-2)
     return same.tril().unsqueeze(1)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fathom.errors import UserError
 from fathom.models.config import ModelConfig
-from fathom.models.layers import Attention, Context, RMSNorm, SwiGLU, document_mask, rotary_table
+from fathom.models.layers import Attention, Context, RMSNorm, SwiGLU, document_mask, document_numbers, rotary_table
 from fathom.residuals import make_stream
 from fathom.residuals.rule import Rule
 
@@ -37,27 +37,39 @@ class Transformer(nn.Module):
         self.end_of_text = end_of_text
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.sublayers = nn.ModuleList(
-            sublayer for layer in range(config.num_layers) for sublayer in (Attention(config, layer), SwiGLU(config))
+            sublayer for layer in range(config.num_layers) for sublayer in self._layer(layer)
         )
         self.stream = make_stream(config.residual, config.num_sublayers, config.dim)
         self.final_norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        cos, sin = rotary_table(config)
+        cos, sin = self._rotary_table()
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         initialize(self, seed)
+
+    def _layer(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """The two sublayers of decoder layer ``layer``."""
+        return Attention(self.config, layer), SwiGLU(self.config)
+
+    def _rotary_table(self) -> tuple[Tensor, Tensor]:
+        return rotary_table(self.config)
+
+    def initialize_more(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """Initialise a parameter that ``initialize`` has no rule for."""
+        raise AssertionError(f"initialize has no rule for {name}")
 
     def _context(self, tokens: Tensor) -> Context:
         length = tokens.shape[-1]
         if length > self.config.context:
             raise UserError(f"a sequence of {length} tokens is longer than model.context, {self.config.context}")
-        mask = None
+        mask = documents = None
         if self.config.document_mask:
             assert self.end_of_text is not None
             mask = document_mask(tokens, self.end_of_text)
-        return Context(self.cos[:length], self.sin[:length], mask)
+            documents = document_numbers(tokens, self.end_of_text)
+        return Context(self.cos[:length], self.sin[:length], mask, documents=documents)
 
     def hidden(
         self, tokens: Int[Tensor, "B T"], observe: Observe | None = None, context: Context | None = None
@@ -146,6 +158,6 @@ def initialize(model: Transformer, seed: int) -> None:
         elif name == "stream.query":
             parameter.zero_()
         else:
-            raise AssertionError(f"initialize has no rule for {name}")
+            model.initialize_more(name, parameter, generator)
     if isinstance(model.stream, Rule):
         model.stream.reset(generator)
