@@ -60,6 +60,9 @@ COMMANDS = {
     "residuals": Command(
         "List the residual rules: equation, parameters, memory, sources.", "fathom residuals --dim 1024 --layers 24"
     ),
+    "sizes": Command(
+        "List the Kimi Linear decoders of known size: parameters, arithmetic, bytes.", "fathom sizes --context 4096"
+    ),
     "bench": Command(
         "Time the training step of every residual rule against PreNorm, in turns, once they agree.",
         "fathom bench --model.dim 128 --batch 4",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from fathom.commands import ask, data, evidence, hf, instrument, lab, log, measure, mixing, runs, sample, sweep
 from fathom.commands.output import Function
+from fathom.commands.sizes import sizes
 
 COMMANDS: dict[str, Callable[[], Function]] = {
     "quickstart": runs.quickstart,
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "sample": sample.sample,
     "report": runs.report,
     "residuals": measure.residuals,
+    "sizes": sizes,
     "bench": measure.bench,
     "sweep": sweep.sweep,
     "export": hf.export,
