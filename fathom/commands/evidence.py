@@ -16,7 +16,7 @@ DESIGNS = {"multiplier": "C", "block-size": "S", "depth-width": "shape"}
 ROWS = {
     "multiplier": "C: C, arch: arm",
     "block-size": "S: S",
-    "depth-width": "shape: shape, arch: arm",
+    "depth-width": "shape: shape, heads: heads, arch: arm",
 }
 """How the columns of runs.csv become the designs of each world."""
 
@@ -112,7 +112,7 @@ def _candidates(world: str, planned: list[Row], rows: list[Row], cost: str) -> l
     """Each design of a planned run that is not done, or of every run for another seed if all are."""
     done = {row["run"] for row in rows}
     open_ = [row for row in planned if row["run"] not in done] or planned
-    names = [name for name in ("C", "S", "shape", "arch") if name in re.findall(r"(\w+):", ROWS[world])]
+    names = [name for name in ("C", "S", "shape", "heads", "arch") if name in re.findall(r"(\w+):", ROWS[world])]
     made: dict[tuple[Any, ...], Row] = {}
     for row in open_:
         if row[cost] is None:

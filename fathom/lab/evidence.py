@@ -42,7 +42,8 @@ def _facts(end: Outcome, minutes: float | None) -> Row:
     return {
         "run": planned.name, "arm": planned.arm, "case": planned.case, "seed": planned.seed,
         "C": end.flops / PFLOPS_DAY, "S": sublayers_of_a_block(model), "shape": model.dim / model.num_layers,
-        "layers": model.num_layers, "dim": model.dim, "tokens": planned.tokens, "flops": end.flops, "minutes": minutes,
+        "heads": model.num_heads / model.num_layers, "layers": model.num_layers, "dim": model.dim,
+        "tokens": planned.tokens, "flops": end.flops, "minutes": minutes,
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ REASONS = {
     "computational": "the numbers did not pass the gates of inference",
     "extrapolation": "the design lies outside the data and no theory says how laws drift there",
     "improbable_premise": "the premise is as good as excluded by this world",
-    "no_adequate_theory": "the flexible theory beats all named ones",
+    "no_adequate_theory": "the flexible theory beats all named ones, or rows scatter as none of them says",
     "straddles_the_threshold": "the probability cannot be told from the threshold",
 }
 DIGITS = 6

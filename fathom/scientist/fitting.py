@@ -36,8 +36,9 @@ from fathom.scientist.evaluation import (
 )  # fmt: skip
 from fathom.scientist.expression import Name, Node, calls, evaluate, names
 from fathom.scientist.extrapolation import Edge
-from fathom.scientist.gaussian import Linear, LinearPosterior, solve
+from fathom.scientist.gaussian import Linear, LinearPosterior, mixed, solve
 from fathom.scientist.priors import Prior
+from fathom.scientist.reference import LEVEL, WIGGLE
 from fathom.scientist.sampler import LADDER, Effort, sample
 from fathom.scientist.world import Theory, World
 
@@ -213,7 +214,9 @@ def _linear(world: World, theory: Theory, index: int) -> Fit:
         np.array([prior.args[1] for prior in priors]), np.array([prior.relative for prior in priors], bool),
         scale if scale is not None else float(evaluate(theory.noise.args[0], {})),
     )  # fmt: skip
-    posterior = solve(problem)
+    bends, levels = (np.array([name.startswith(letter) for name in inner], bool) for letter in (WIGGLE, LEVEL))
+    factors = [np.where(bends, one, np.where(levels, two, 1.0)) for one, two in theory.sizes or ((1.0, 1.0),)]
+    posterior = mixed([solve(replace(problem, deviations=each * problem.deviations)) for each in factors])
 
     def draws() -> tuple[dict[str, Array], Array]:
         count = 2**15 if len(inner) <= 8 else 2**12

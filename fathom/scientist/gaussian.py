@@ -97,6 +97,22 @@ def resample(weights: Array, count: int, random: np.random.Generator) -> Array:
     return np.minimum(np.searchsorted(np.cumsum(weights), points * weights.sum()), len(weights) - 1)
 
 
+def mixed(parts: list[LinearPosterior]) -> LinearPosterior:
+    """One posterior of several equally probable priors: a grid of all their nodes."""
+    if len(parts) == 1:
+        return parts[0]
+    evidences = np.array([part.log_evidence for part in parts])
+    total = np.logaddexp.reduce(evidences)
+    shares = np.exp(evidences - total)
+    weights = np.concatenate([share * part.weights for share, part in zip(shares, parts, strict=True)])
+    kept = weights > 1e-12
+    return LinearPosterior(
+        float(total - np.log(len(parts))), np.concatenate([part.scales for part in parts])[kept],
+        weights[kept] / weights[kept].sum(), np.concatenate([part.means for part in parts])[kept],
+        np.concatenate([part.covariances for part in parts])[kept],
+    )  # fmt: skip
+
+
 def solve(problem: Linear) -> LinearPosterior:
     """Evidence and posterior, with the scale integrated by the trapezoid rule over log s."""
     if isinstance(problem.scale, float):

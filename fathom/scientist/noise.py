@@ -9,6 +9,7 @@ poisson()          a count; the mean is its rate
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,8 +61,8 @@ def log_density(noise: Noise, y: Array, mean: Array, scale: Array, nu: float = 0
     return np.where(np.isnan(value) | (value == np.inf), -np.inf, value)
 
 
-def cdf(noise: Noise, y: float, mean: Array, scale: Array, nu: float = 0.0) -> Array:
-    """P(outcome <= y)."""
+def cdf(noise: Noise, y: Any, mean: Array, scale: Array, nu: float = 0.0) -> Array:
+    """P(outcome <= y); of counts for one y, of real outcomes for an array as well."""
     if noise.family == "normal":
         return normal_cdf((y - mean) / scale)
     if noise.family == "student_t":

@@ -1,7 +1,7 @@
 """The theories that always stand beside the named ones, and drift: written in the expression language like any other.
 
 T_null     one mean for all designs
-T_other    level + slope + smooth bumps along every numeric design, each with its own deviations at every level
+T_other    level + slope + smooth bumps along every numeric design, each with its own deviations at every level, of unknown size
 drift      a Brownian path along a logarithmic design, κ per root decade: how far a law may stray where nothing was seen
 """
 
@@ -15,6 +15,8 @@ from fathom.scientist.noise import Noise
 from fathom.scientist.priors import Prior
 from fathom.scientist.world import Design, Theory
 
+WIGGLE, LEVEL = "v", "d"
+"""What the names of parameters begin with that bend a curve, and that set levels apart."""
 BUMPS, BUMPS_OF_COUNTS, KNOTS, MAX_TERMS, GENERATED_NODES = 6, 3, 12, 120, 50_000
 
 
@@ -51,14 +53,15 @@ def other_theory(designs: dict[str, Design], outcome: dict[str, Any], family: No
     params = {"m": Prior("normal", (center, spread))}
     terms = ["m"]
 
-    def add(feature: str, size: float) -> None:
+    def add(feature: str, size: float, letter: str = WIGGLE) -> None:
         if len(params) > MAX_TERMS:  # a world of many levels keeps its first deviations
             return
-        name = f"w{len(params)}"
+        name = f"{letter}{len(params)}"
         params[name] = Prior("normal", (0.0, size))
         terms.append(f"{name}*{feature}")
 
     bumps = BUMPS_OF_COUNTS if family.discrete else BUMPS
+    slopes: list[str] = []
     shapes: list[str] = []
     for name, design in designs.items():
         if design.levels:
@@ -69,18 +72,28 @@ def other_theory(designs: dict[str, Design], outcome: dict[str, Any], family: No
             else (name, design.low, design.high)
         )
         position = f"(({inner}-({low!r}))/({high - low!r}))"
-        shapes.append(f"({position}-0.5)")
+        slopes.append(f"({position}-0.5)")
         width = 1 / (bumps - 1)
         shapes += [f"exp(0-(({position}-{k * width!r})/{width!r})**2/2)" for k in range(bumps)]
+    for slope in slopes:
+        add(slope, spread, "w")
     for shape in shapes:
         add(shape, spread)
     for name, design in designs.items():
         for level in design.levels if len(design.levels) > 1 else ():
             at = f"is({name},'{level}')"
-            add(at, spread / 2)
-            for shape in shapes if not family.discrete else shapes[:1]:
-                add(f"{at}*{shape}", spread / 4)
-    return _built("T_other", "Something else: any smooth dependence.", "other", "+".join(terms), params, family, noise)
+            add(at, spread / 2, LEVEL)
+            for shape in slopes + shapes if not family.discrete else slopes[:1]:
+                add(f"{at}*{shape}", spread / 4, LEVEL)
+    made = _built("T_other", "Something else: any smooth dependence.", "other", "+".join(terms), params, family, noise)
+    return made if family.discrete else replace(made, sizes=sizes(spread, noise))
+
+
+def sizes(spread: float, noise: float) -> tuple[tuple[float, float], ...]:
+    """Factors of the prior deviations of wiggles and of levels, equally probable: from the outcome's down to a few noises."""
+    least = min(4 * noise / spread, 1.0)
+    middle = math.sqrt(least)
+    return ((1.0, 1.0),) if least == 1 else ((1.0, 1.0), (middle, middle), (least, least), (least, middle))
 
 
 def with_drift(theory: Theory, drift: dict[str, Any], designs: dict[str, Design]) -> Theory:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fathom.errors import UserError
 from fathom.scientist import queries
+from fathom.scientist.adequacy import surprise
 from fathom.scientist.answer import Abstain, Answer, plain
 from fathom.scientist.bounds import cautious, cautious_set, iid, posterior_mean
 from fathom.scientist.build import read
@@ -26,8 +27,9 @@ from fathom.scientist.recommend import experiments, rank
 from fathom.scientist.world import World
 
 Values = dict[str, Any]
-REACH, ADEQUATE = 0.5, 0.5
-"""How far outside the data is answered (decades, or spans of the data), and the flexible theory's largest probability."""
+REACH, ADEQUATE, SURPRISE = 0.5, 0.5, 20.0
+"""How far outside the data is answered (decades, or spans of the data), the flexible theory's largest probability, and the
+largest pay-off of the bet that the rows scatter as no named theory says (adequacy.py)."""
 
 
 class Scientist:
@@ -94,7 +96,12 @@ class Scientist:
                  "log_evidence": fit.log_evidence, "p": p}
                 for fit, p in zip(posterior.fits, posterior.probabilities, strict=True)
             ]  # fmt: skip
-            return {"theories": rows, "entropy": entropy(posterior.probabilities), "adequate": self._adequate}
+            return {
+                "theories": rows,
+                "entropy": entropy(posterior.probabilities),
+                "surprise": self._surprise,
+                "adequate": not self._inadequate,
+            }
 
         return self._answer("theories", {}, ask, adequate=False)
 
@@ -215,9 +222,19 @@ class Scientist:
         query = {"rows": [{**design, name: y} for design, y in zip(designs, outcomes, strict=True)]}
         return self._answer("score", query, lambda: score_rows(self.posterior, designs, np.array(outcomes)))
 
+    @cached_property
+    def _surprise(self) -> float:
+        return surprise(self.posterior)
+
     @property
-    def _adequate(self) -> bool:
-        return float(self.posterior.probabilities[-1]) <= ADEQUATE
+    def _inadequate(self) -> str:
+        """Why none of the named theories is adequate; empty if one may be."""
+        other, prior = float(self.posterior.probabilities[-1]), self.world.theories[-1].prior
+        if other > ADEQUATE:
+            return f"T_other has probability {other:.3g}, from {prior:.3g} before"
+        if self._surprise > SURPRISE:
+            return f"the rows scatter as no named theory says: a bet against them all pays {self._surprise:.3g} for 1"
+        return ""
 
     def _answer(self, verb: str, query: Values, ask: Callable[[], Values], *, adequate: bool = True) -> Answer:
         posterior, world = self.posterior, self.world
@@ -228,9 +245,8 @@ class Scientist:
                     f"{', '.join(posterior.untrusted)} did not pass the gates within {self.budget.evals:,} evaluations"
                 )
                 raise Abstain("computational", detail)
-            if adequate and not self._adequate:
-                other, prior = posterior.probabilities[-1], world.theories[-1].prior
-                raise Abstain("no_adequate_theory", f"T_other has probability {other:.3g}, from {prior:.3g} before")
+            if adequate and (why := self._inadequate):
+                raise Abstain("no_adequate_theory", why)
             result = plain(ask())
         except Abstain as reason:
             abstain = plain({"reason": reason.reason, "detail": reason.detail, "in_model": reason.in_model})

@@ -77,6 +77,8 @@ class Theory:
     """named, null or other."""
     drifts: bool = False
     """Whether a discrepancy grows outside the data."""
+    sizes: tuple[tuple[float, float], ...] = ()
+    """Of a flexible theory: equally probable factors of the prior deviations of what bends it and of what sets levels apart."""
     edge: Node | None = None
     """A budget beyond whose measured values this theory's predictions may stray (extrapolation.py)."""
     edge_rate: float | None = None

@@ -223,7 +223,7 @@ def test_drift_widens_what_is_said_of_places_never_seen(made: Made) -> None:
         return {
             "world": "law", "outcome": {"name": "y", "center": 1, "spread": 1, "noise": 0.01},
             "designs": {"c": {"low": 1, "high": 1000, "log": True}},
-            "theories": [{"id": "law", "params": {"a": "normal(1, 1)", "b": "normal(0, 1)", "s": "halfnormal(0.01)"},
+            "theories": [{"id": "law", "params": {"a": "normal(1, 1)", "b": "normal(0, 0.3)", "s": "halfnormal(0.01)"},
                           "mean": "a - b*log(c)", "noise": "normal(s)"} | more],
             "evidence": [{"kind": "measured", "data": [{"c": c, "y": y} for c, y in points]}],
         }  # fmt: skip

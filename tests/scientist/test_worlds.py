@@ -41,6 +41,9 @@ def test_a_world_about_runs_holds_their_losses(
     with (tmp_path / "candidates.csv").open() as file:
         found = [{k: v if k in ("arch", "case") else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     answer = Scientist(world).recommend(found, cost="flops", together=together, batch=2)
+    if name == "depth-width":  # these shapes differ in more than the world says, and the scientist notices
+        assert answer.abstain is not None and answer.abstain["reason"] == "no_adequate_theory"
+        return
     assert answer["ranked"][0]["lower"] <= answer["ranked"][0]["upper"] and len(answer["batch"]) == 2
 
 
