@@ -16,12 +16,13 @@ import math
 import platform
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fathom.scientist import Scientist, read
+from fathom.scientist import Scientist, World, read
 from fathom.scientist.bounds import cautious_set
 from fathom.scientist.build import ready_made
 from fathom.scientist.expression import parse
@@ -144,21 +145,26 @@ evidence: [{kind: measured, file: runs.csv}]
 """
 
 
-def law_evidence() -> list[Row]:
-    """A law of six parameters on 240 synthetic points: five seeds of the sampler, and dynesty with 400 live points."""
+def law_points() -> tuple[Array, Array, Array]:
+    """N, D and y of 240 synthetic runs."""
     random = np.random.default_rng(7)
     n, d = 10 ** random.uniform(7.2, 9.8, 240), 10 ** random.uniform(8.2, 10.8, 240)
-    y = np.log(1.82 + 482 * n**-0.348 + 2085 * d**-0.366) + 0.008 * random.standard_t(4, 240)
-    rows, found, seconds, gaps = [], [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        table = "N,D,y\n" + "".join(
-            f"{a!r},{b!r},{c!r}\n" for a, b, c in zip(n.tolist(), d.tolist(), y.tolist(), strict=True)
-        )
-        (Path(folder) / "runs.csv").write_text(table)
-        (Path(folder) / "world.yaml").write_text(LAW)
-        world = read(Path(folder) / "world.yaml")
-    from dataclasses import replace
+    return n, d, np.log(1.82 + 482 * n**-0.348 + 2085 * d**-0.366) + 0.008 * random.standard_t(4, 240)
 
+
+def law_world() -> World:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = zip(*(each.tolist() for each in law_points()), strict=True)
+        (Path(folder) / "runs.csv").write_text("N,D,y\n" + "".join(f"{a!r},{b!r},{c!r}\n" for a, b, c in rows))
+        (Path(folder) / "world.yaml").write_text(LAW)
+        return read(Path(folder) / "world.yaml")
+
+
+def law_evidence() -> list[Row]:
+    """A law of six parameters on 240 synthetic points: five seeds of the sampler, and dynesty with 400 live points."""
+    n, d, y = law_points()
+    world = law_world()
+    rows, found, seconds, gaps = [], [], [], []
     for seed in range(5):
         # Seeds come from the evidence's numbers, so a change far below their noise is another seed.
         moved = replace(world, y=world.y * (1 + seed * 1e-13))
