@@ -58,7 +58,7 @@ class Instrument:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "fathom.scientist.zygote", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], env=environment, cwd=os.sep, close_fds=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             )  # fmt: skip
         self._lines = self._control.makefile("rb")
         told = {"worlds": worlds, "limits": asdict(self.limits), "evals": (budget or Budget()).evals}

@@ -48,6 +48,21 @@ def test_a_child_answers_as_the_scientist_does(instrument: Instrument) -> None:
     assert wrong.answer is None and wrong.wrong == "the expression ends too early"
 
 
+def test_answers_leave_with_three_digits_and_no_finer_than_their_error(instrument: Instrument) -> None:
+    def numbers(value: Any) -> list[float]:
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        return [value] if isinstance(value, float) else [number for each in inside for number in numbers(each)]
+
+    for verb, arguments in ASKED[:-1]:
+        result = instrument.ask("served", verb, arguments).answer["result"]  # type: ignore[index]
+        assert numbers(result) and all(number == float(f"{number:.3g}") or "p" in result for number in numbers(result))
+    p = instrument.ask("served", *ASKED[0]).answer["result"]  # type: ignore[index]
+    assert 1e-4 < p["mc_se"] < 1e-2 and p["p"] == round(p["p"], 3 if p["mc_se"] < 1e-3 else 2)
+    many = [{"C": 1.0 + k / 10, "arch": "block"} for k in range(30)]
+    ranked = instrument.ask("served", "recommend", {"candidates": many}).answer["result"]  # type: ignore[index]
+    assert len(ranked["ranked"]) == 20 and ranked["left_out"] == 10
+
+
 def test_questions_leave_nothing_for_the_next(instrument: Instrument) -> None:
     """R5: answers of children that follow others, in any order, are those of a first child, to the byte."""
     alone = [json.dumps(instrument.ask("served", *each).__dict__ | {"cpu": 0}) for each in ASKED]
@@ -105,10 +120,12 @@ def spin():
         pass
 
 KEPT = open("/etc/passwd") if os.path.exists("/etc/passwd") else open(sys.executable)
+os.dup2(KEPT.fileno(), 300)
 ATTACKS = {
     "open a file": lambda fd: open("/etc/hosts"),
     "write a file": lambda fd: open("left-behind", "w"),
     "read an open file": lambda fd: os.read(KEPT.fileno(), 1),
+    "read a later one": lambda fd: os.read(300, 1),
     "connect": lambda fd: socket.create_connection(("127.0.0.1", 9), 1),
     "start a program": lambda fd: os.execv("/bin/true", ["true"]),
     "fork": lambda fd: os.fork(),
@@ -156,7 +173,7 @@ def test_what_a_child_may_not_do_kills_it(tmp_path: Path) -> None:
     assert found.pop("hang") == [signal.SIGKILL, True, ""]
     assert found.pop("eat memory") == [0, False, "memory"]
     # A file that the parent holds is closed in the child before it sees the question: reading it is an error.
-    assert found.pop("read an open file") == [0, False, "error 9"]
+    assert found.pop("read an open file") == found.pop("read a later one") == [0, False, "error 9"]
     for name, (died_of, _, reply) in found.items():
         assert died_of == signal.SIGSYS and reply == "", name
     assert list(tmp_path.iterdir()) == []
