@@ -118,6 +118,10 @@ class Service:
         if held := self._watch.held(key.id):
             reason = "quarantined" if held["scope"] == "all" else "quarantine"
             raise Refused(reason, f"{held['reason']}: {held['detail']}; a person has to release it")
+        # Before the request is looked at: nonsense fills a log as well as questions do.
+        account = self._watch.keys[key.id].account
+        if over := account.over(key, time.time(), 0):
+            return self._refuse(key, "budget", f"this key has {over}")
         try:
             verb, arguments = read_request(body)
         except UserError as error:
@@ -130,7 +134,7 @@ class Service:
                 key, "no_policy", "recommendations need a guard's harm, threshold and delta", verb, arguments
             )
         evaluations = price(verb, arguments, about)
-        if over := self._watch.keys[key.id].account.over(key, time.time(), evaluations):
+        if over := account.over(key, time.time(), evaluations):
             return self._refuse(key, "budget", f"this key has {over}", verb, arguments)
         outcome = self.instrument.ask(SERVED, verb, arguments)
         if outcome.failed == "gone":
@@ -141,7 +145,7 @@ class Service:
         if verb == "recommend" and document["result"] is not None:
             document = self._guarded(document, arguments)
         bits = filters.bits(document)
-        if self._watch.keys[key.id].account.bits(time.time()) + bits > key.bits_per_day:
+        if account.bits(time.time()) + bits > key.bits_per_day:
             return self._refuse(
                 key, "budget", f"this key has {key.bits_per_day:g} bits a day", verb, arguments, evaluations
             )
@@ -263,9 +267,10 @@ class Service:
 
     def _follow(self) -> None:
         """Fold whatever the log holds that was not seen yet, another process's records included."""
-        records, self._place = self.log.read_on(self._place)
+        records, place = self.log.read_on(self._place)
         for record in records:
             self._watch.fold(record)
+        self._place = place
         for scope, (reason, detail) in list(self._watch.alarms.items()):
             self._quarantine(scope, reason, detail)
 

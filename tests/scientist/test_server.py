@@ -24,7 +24,8 @@ from fathom.scientist import fingerprint
 from fathom.scientist.budget import Account, Key, price
 from fathom.scientist.confinement import Limits
 from fathom.scientist.containment import Instrument
-from fathom.scientist.log import Entry, Log
+from fathom.scientist.document import canonical
+from fathom.scientist.log import GENESIS, Entry, Log, _hash
 from fathom.scientist.server import application
 from fathom.scientist.service import SERVED, Policy, Service
 from fathom.scientist.signing import public_of, release
@@ -178,8 +179,13 @@ def test_the_record_of_a_quarantine_cannot_be_dropped(serve: Serve, line: Docume
     from tests.scientist.test_log import rechained
 
     served = serve(line)
-    served.service._quarantine("all", "fingerprint", "a drill")
     log = served.service.log
+    whole = log.path.read_bytes()
+    body = {"v": 1, "seq": len(log.lines()), "time": "2999-01-01", "kind": "release", "content": {}, "prev": GENESIS}
+    log.path.write_bytes(whole + canonical({**body, "hash": _hash(GENESIS, body)}) + b"\n")
+    assert served.refused("theories") == "log"  # a record that holds by itself, and does not follow
+    log.path.write_bytes(whole)
+    served.service._quarantine("all", "fingerprint", "a drill")
     kept = log.checkpoint()
     log.path.write_bytes(rechained([each for each in log.lines() if b'"quarantine"' not in each]))
     assert served.refused("theories") == "log"  # whoever has read the log sees that it is another
@@ -212,6 +218,11 @@ def test_the_canaries_are_alive_and_each_lie_of_theirs_is_seen(monkeypatch: pyte
             lie[name]["answer"]["result"]["epistemic"]["by_theory"][theory]["says"] += 0.05
         caught += fingerprint.wrong(lie) != []
     assert caught >= 15 + 5
+    moved = deepcopy(replies)
+    moved["canary-goals/0"]["answer"]["result"]["p"] += (
+        0.001  # a name that moves a number, within the closed form's error
+    )
+    assert fingerprint.wrong(moved) == ["P(reward > 0.9) is not what the same event has under another name"]
 
 
 def test_a_changed_behaviour_of_unchanged_code_is_quarantined(serve: Serve, line: Document) -> None:
@@ -287,6 +298,14 @@ def test_recommendations_pass_a_second_process_or_nobody(serve: Serve, line: Doc
     assert low.records("quarantine")[0]["content"]["reason"] == "disagreement"
     with pytest.raises(UserError, match="true or false"):
         Policy("y", 0.1, 0.1)
+
+
+def test_nonsense_is_counted_and_ends_in_quarantine(serve: Serve, line: Document) -> None:
+    """A caller who fills the log with requests that are none is stopped: by the minute's budget, then for good."""
+    served = serve(line, budgets={"queries_per_minute": 3.0})
+    reasons = [served.refused("act") for _ in range(45)]
+    assert reasons[:3] == ["request"] * 3 and reasons[3:43] == ["budget"] * 40 and reasons[43:] == ["quarantine"] * 2
+    assert len(served.records("refuse")) == 43
 
 
 def test_budgets_are_of_a_minute_and_of_a_day() -> None:
