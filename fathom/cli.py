@@ -54,7 +54,7 @@ COMMANDS = {
         'fathom sample runs/full --prompt "The state of the Union" --tokens 100',
     ),
     "report": Command(
-        "Compare runs in one HTML page: losses, training dynamics, what each layer reads.",
+        "Compare runs or sweeps in one interactive HTML page: losses, scaling laws, what each layer and token reads.",
         "fathom report runs/full runs/quick-prenorm-0 --out report.html",
     ),
     "residuals": Command(
@@ -77,6 +77,10 @@ COMMANDS = {
     "convert": Command(
         "Put a pretrained decoder of Transformers on a stream: the same function until it is trained.",
         "fathom convert models/smollm2 models/smollm2-block --num-blocks 8",
+    ),
+    "eval": Command(
+        "Evaluate a run or a model folder on tasks of lm-evaluation-harness, offline.",
+        "fathom eval runs/full --tasks heldout lastword",
     ),
     "lab scaling": Command(
         "Fit loss against compute and say what each rule is worth in compute, with intervals.",
@@ -103,6 +107,13 @@ COMMANDS = {
     "lab mixing": Command(
         "Read a run as one matrix over depth, with its ranks; or print the paper's Table 5.",
         "fathom lab mixing runs/full",
+    ),
+    "probe train": Command(
+        "Train a small decoder on a task whose questions need a set number of steps.",
+        "fathom probe train --task.name hops --residual.rule block --layers 6 --out runs/probe-block",
+    ),
+    "probe test": Command(
+        "Test trained probes: accuracy by number of steps, with intervals over seeds.", "fathom probe test runs/probe-*"
     ),
     "ask prob": Command(
         "The probability of an event, relative to the theories and evidence of a world.",

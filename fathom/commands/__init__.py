@@ -6,7 +6,7 @@ people or, with `--json`, as one JSON value; all else goes to standard error.
 
 from collections.abc import Callable
 
-from fathom.commands import ask, data, evidence, hf, instrument, lab, log, measure, mixing, runs, sample, sweep
+from fathom.commands import ask, data, evidence, hf, instrument, lab, log, measure, mixing, probe, runs, sample, sweep
 from fathom.commands.output import Function
 from fathom.commands.sizes import sizes
 
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "sweep": sweep.sweep,
     "export": hf.export,
     "convert": hf.convert,
+    "eval": hf.evaluate,
     "lab scaling": lab.scaling,
     "lab ablations": lab.ablations,
     "lab depth-width": lab.depth_width,
@@ -32,6 +33,8 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "lab pruning": lab.pruning,
     "lab evidence": evidence.evidence,
     "lab mixing": mixing.mixing,
+    "probe train": probe.train,
+    "probe test": probe.test,
     "ask prob": ask.prob,
     "ask interval": ask.interval,
     "ask theories": ask.theories,

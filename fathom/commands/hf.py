@@ -1,12 +1,13 @@
 """`fathom export` and `fathom convert`: models for Transformers."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from fathom.commands.output import Function, Json, print_json
+from fathom.commands.output import Function, Json, columns, print_json
 from fathom.errors import UserError
 
 
@@ -67,6 +68,51 @@ def convert() -> Function:
             print_json({"out": str(out), "differences": [each.as_dict() for each in report]})
         else:
             print(out)
+
+    return run
+
+
+def evaluate() -> Function:
+    def run(
+        model: Positional[Path],
+        tasks: tuple[str, ...] = ("heldout", "lastword"),
+        limit: int | None = None,
+        batch: int = 8,
+        device: str = "auto",
+        as_json: Json = False,
+    ) -> int | None:
+        """Evaluate a run or a model folder through lm-evaluation-harness, offline.
+
+        Tasks with data in packages: heldout, lastword, humaneval, reasoning_NAME, bigbench_NAME (docs/hf.md). Every other name
+        is the harness's own, `paper` those of the paper's Table 3; a task whose data is missing is a line, and the rest run.
+
+        Args:
+            model: A run folder, a checkpoint of one, or a model folder of Transformers.
+            tasks: Names of tasks.
+            limit: Documents of each task; all if not given.
+            batch: Sequences at a time.
+            device: cpu, cuda, or auto for the GPU where there is one.
+        """
+        _offline()
+        from fathom.hf.evaluate import evaluate
+        from fathom.hf.tasks import PAPER
+
+        names = [name for task in tasks for name in (PAPER.values() if task == "paper" else (task,))]
+        scores, missing = evaluate(model, names, limit=limit, batch=batch, device=device)
+        if as_json:
+            print_json({"model": str(model), "limit": limit, "scores": scores, "missing": missing})
+        else:
+            rows = [["task", "metric", "value", "standard error"]]
+            for task, metrics in scores.items():
+                for metric, value in metrics.items():
+                    if "_stderr" not in metric:
+                        error = metrics.get(f"{metric}_stderr")
+                        rows.append([task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"])
+            if scores:
+                print(columns(rows))
+        for task, why in missing.items():
+            print(f"fathom eval: {task}: {why}", file=sys.stderr)
+        return 1 if missing else None
 
     return run
 
