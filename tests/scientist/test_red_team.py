@@ -62,6 +62,7 @@ AROUND = {
     "server.py": {"asyncio", "starlette", "uvicorn"},
     "mcp.py": {"anyio", "mcp", "mcp_types"},
     "plot.py": {"matplotlib"},
+    "gflownet.py": {"torch"},
 }
 """What stands around the estimator, outside the child or before it is confined, and what each may import besides."""
 
