@@ -26,8 +26,8 @@ from fathom.scientist.verbs import read_request
 from fathom.scientist.world import World
 
 Values = dict[str, Any]
-SERVED, CHECKPOINT_EVERY, ALARM = "served", 64, 100.0
-"""The served world's name in its process, records between checkpoints, and the e-value of a calibration alarm."""
+SERVED, CHECKPOINT_EVERY, CHECKPOINT_SECONDS, ALARM = "served", 64, 60.0, 100.0
+"""The served world's name in its process, records and seconds between checkpoints, the e-value of a calibration alarm."""
 STATUS = {
     "key": 401, "quarantine": 403, "quarantined": 503, "request": 400, "question": 400, "self_reference": 403,
     "measurement_apparatus": 403, "budget": 429, "no_policy": 403, "log": 503, "gone": 503,
@@ -92,7 +92,7 @@ class Service:
         self._follow()
         self.forking_paths = self.log.announce(world)
         self._follow()
-        self.checkpoint = ""
+        self.checkpoint, self._noted = "", -math.inf
         self._inspect()
 
     def ask(self, secret: str, body: bytes) -> Reply:
@@ -260,7 +260,9 @@ class Service:
         """Log, take note of what was logged, and act on what that shows."""
         entry = self.log.append(kind, content)
         self._follow()
-        if kind != "checkpoint" and (not self.checkpoint or entry.index % CHECKPOINT_EVERY == 0):
+        stale = time.monotonic() - self._noted > CHECKPOINT_SECONDS
+        if kind != "checkpoint" and (stale or entry.index % CHECKPOINT_EVERY == 0):
+            self._noted = time.monotonic()
             self.checkpoint = self.log.checkpoint(self.signing_key)
             self._append("checkpoint", {"note": self.checkpoint})
         return entry
