@@ -23,8 +23,8 @@ from fathom.errors import UserError
 from fathom.inference.engine import Engine
 from fathom.inference.generate import generate
 from fathom.inference.sampling import Sampling
-from fathom.lab.dynamics import write_depth
 from fathom.lab.report import write_report
+from fathom.lab.report_measure import measure
 from fathom.models.config import ModelConfig
 from fathom.models.transformer import Transformer
 from fathom.train.config import RunConfig
@@ -134,7 +134,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
     )
     prenorm, block = train_twins(options, out)
     for rule in RULES:
-        write_depth(out / rule, device=options.device)
+        measure(out / rule, device=options.device)
     report = write_report([out / rule for rule in RULES], out / "report.html")
 
     console.print(_table(prenorm, block))

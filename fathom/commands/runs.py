@@ -115,33 +115,41 @@ def _train(run: Path, train: Callable[[], dict[str, Any]], as_json: bool) -> int
 
 
 def report() -> Function:
-    from fathom.lab.dynamics import write_depth
     from fathom.lab.report import write_report
-    from fathom.train.checkpoint import checkpoints
+    from fathom.lab.report_measure import measure
+    from fathom.lab.report_sweep import read_given
 
-    def run(runs: Positional[tuple[Path, ...]], out: Path = Path("report.html"), as_json: Json = False) -> None:
-        """Compare runs in one HTML page.
+    def run(
+        runs: Positional[tuple[Path, ...]],
+        out: Path = Path("report.html"),
+        figures: Path | None = None,
+        as_json: Json = False,
+    ) -> None:
+        """Compare runs, or the runs of sweeps, in one interactive HTML page that needs no network.
 
-        What each layer reads is first measured on the newest checkpoint of a run, where that has not been done.
+        What each layer and token reads is first measured on the newest checkpoint of a run, where that has not been done.
 
         Args:
-            runs: The run folders.
+            runs: Run folders and sweeps.
             out: The page to write.
+            figures: A folder for the paper's figures of these runs, as SVG and PNG.
         """
         if not runs:
             raise UserError("give at least one run folder")
-        for folder in runs:
-            depth = folder / "depth.json"
-            newest = checkpoints(folder)
-            if newest and not (depth.is_file() and depth.stat().st_mtime >= newest[-1].stat().st_mtime):
-                try:
-                    write_depth(folder)
-                except UserError as error:  # the page shows the rest of the run
-                    print(f"fathom report: {folder} goes without depth maps: {error}", file=sys.stderr)
+        for folder in read_given(list(runs)).measured:
+            try:
+                measure(folder)
+            except UserError as error:  # the page shows the rest of the run
+                print(f"fathom report: {folder} goes without depth maps: {error}", file=sys.stderr)
         page = write_report(list(runs), out)
+        drawn: list[Path] = []
+        if figures is not None:
+            from fathom.lab.figures_paper import write_figures
+
+            drawn = write_figures(list(runs), figures)
         if as_json:
-            print_json({"report": str(page)})
+            print_json({"report": str(page)} | ({"figures": [str(path) for path in drawn]} if drawn else {}))
         else:
-            print(page)
+            print("\n".join(map(str, [page, *drawn])))
 
     return run

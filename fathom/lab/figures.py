@@ -1,4 +1,4 @@
-"""The report's figures: losses, depth-attention maps, magnitudes by depth; each a ``matplotlib.figure.Figure`` of one panel.
+"""Static figures of runs: losses, depth-attention maps, magnitudes by depth; drawn on axes, or each a figure of one panel.
 
 A figure is 4.4 inches (317 points) wide with type of 9 to 10 points: legible on a phone at the phone's full width, and two
 stand side by side on a desk. Colour tells the residual rule (Okabe and Ito's palette, distinct in the common deficiencies of
@@ -64,6 +64,9 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+Quantity = Literal["output_magnitude", "gradient_magnitude"]
+
+
 class Style(NamedTuple):
     """How one run is drawn in every figure."""
 
@@ -105,34 +108,41 @@ def thin(x: Iterable[float], y: Iterable[float]) -> tuple[np.ndarray, np.ndarray
     return np.array([xs[p].mean() for p in pieces]), np.array([ys[p].mean() for p in pieces])
 
 
-def loss_figure(runs: list[Run], against: Literal["steps", "seconds"]) -> Figure:
-    """Training loss (thin) and validation loss (marked) of every run; what lies above the first validation is cut off."""
-    with _axes(f"Loss against {against}") as (figure, axes):
-        for run in runs:
-            style, seconds = styles(runs)[run.label], run.seconds()
+def draw_losses(axes: Axes, runs: list[Run], against: Literal["steps", "seconds"], *, train: bool = True) -> None:
+    """Training loss (thin, with ``train``) and validation loss (marked); what lies above the first validation is cut off."""
+    look = styles(runs)
+    for run in runs:
+        style, seconds = look[run.label], run.seconds()
 
-            def x(rows: list[dict[str, Any]], seconds: dict[int, float] = seconds) -> list[float]:
-                return [row["step"] if against == "steps" else seconds[row["step"]] for row in rows]
+        def x(rows: list[dict[str, Any]], seconds: dict[int, float] = seconds) -> list[float]:
+            return [row["step"] if against == "steps" else seconds[row["step"]] for row in rows]
 
+        if train:
             axes.plot(*thin(x(run.train), (row["loss"] for row in run.train)), color=style.color, alpha=0.35, lw=0.9)
-            axes.plot(
-                x(run.val), [row["loss"] for row in run.val],
-                color=style.color, linestyle=style.linestyle, marker=style.marker, markersize=4, lw=1.6, label=run.label,
-            )  # fmt: skip
-        validated = [[row["loss"] for row in run.val if row["step"]] for run in runs]
-        if any(len(losses) > 1 for losses in validated):
-            highest = max(losses[0] for losses in validated if losses)
-            lowest = min(min(row["loss"] for row in [*run.train, *run.val]) for run in runs)
-            margin = 0.05 * (highest - lowest)
-            if margin > 0:
-                axes.set_ylim(lowest - margin, highest + margin)
-        axes.set_xlabel("optimizer step" if against == "steps" else "seconds of training steps")
-        axes.set_ylabel("nats per token")
-        axes.legend()
+        axes.plot(
+            x(run.val), [row["loss"] for row in run.val],
+            color=style.color, linestyle=style.linestyle, marker=style.marker, markersize=4, lw=1.6, label=run.label,
+        )  # fmt: skip
+    validated = [[row["loss"] for row in run.val if row["step"]] for run in runs]
+    if any(len(losses) > 1 for losses in validated):
+        highest = max(losses[0] for losses in validated if losses)
+        lowest = min(min(row["loss"] for row in [*(run.train if train else []), *run.val]) for run in runs if run.val)
+        margin = 0.05 * (highest - lowest)
+        if margin > 0:
+            axes.set_ylim(lowest - margin, highest + margin)
+    axes.set_xlabel("optimizer step" if against == "steps" else "seconds of training steps")
+    axes.set_ylabel("nats per token")
+    axes.legend()
+
+
+def loss_figure(runs: list[Run], against: Literal["steps", "seconds"]) -> Figure:
+    """One panel of ``draw_losses``."""
+    with _axes(f"Loss against {against}") as (figure, axes):
+        draw_losses(axes, runs, against)
     return figure
 
 
-def depth_map(depth: dict[str, Any], kind: Literal["attention", "mlp"], label: str) -> Figure:
+def draw_map(axes: Axes, depth: dict[str, Any], kind: Literal["attention", "mlp"], title: str) -> None:
     """Mean weights of the reads before one kind of sublayer, and of the output: sites down, sources across (Fig. 8).
 
     The colour scale is the same in every map: weights from 0 to 1 by their square root. A dot marks a block that was still
@@ -144,64 +154,76 @@ def depth_map(depth: dict[str, Any], kind: Literal["attention", "mlp"], label: s
     grid = np.full((len(rows), num_sources), np.nan)
     for row, site in zip(grid, rows, strict=True):
         row[: len(site["weights"])] = site["weights"]
+    axes.set_title(title)
+    axes.grid(False)
+    axes.set_facecolor("#80808028")
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(grid), cmap="viridis", norm=PowerNorm(0.5, 0, 1),
+        rasterized=grid.size > 2000,
+    )  # fmt: skip
+    partial = [(len(row["sources"]) - 0.5, y + 0.5) for y, row in enumerate(rows) if row["sources"][-1] == "partial"]
+    if partial:
+        axes.plot(*zip(*partial, strict=True), linestyle="none", marker=".", color="white", ms=6, mec="black", mew=0.5)
+    axes.axhline(len(rows) - 1, color=INK, lw=1)
+    axes.set_ylim(len(rows), 0)
+    every = -(-len(rows) // 20)
+    layers = range(0, len(rows) - 1, every)
+    axes.set_yticks([y + 0.5 for y in [*layers, len(rows) - 1]], [*(str(y + 1) for y in layers), "output"])
+    every = -(-num_sources // 12)
+    shown = range(0, num_sources, every)
+    axes.set_xticks([x + 0.5 for x in shown], ["emb" if x == 0 else str(x) for x in shown])
+    axes.tick_params(length=0)
+    numbered = sources[-1].split()[0] if num_sources > 1 else "source"
+    axes.set_xlabel(f"source: embedding, then {numbered} 1 to {num_sources - 1}")
+    axes.set_ylabel("decoder layer")
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    bar = figure.colorbar(mesh, ax=axes, ticks=[0, 0.05, 0.2, 0.5, 1], shrink=0.9, aspect=26, pad=0.02)
+    bar.ax.set_yticklabels(["0", ".05", ".2", ".5", "1"])
+    bar.outline.set_visible(False)
+    bar.set_label("mean weight")
+
+
+def depth_map(depth: dict[str, Any], kind: Literal["attention", "mlp"], label: str) -> Figure:
+    """One panel of ``draw_map``."""
+    rows = sum(site["name"].endswith(kind) for site in depth["sites"]) + 1
     what = {"attention": "attention", "mlp": "MLP"}[kind]
-    with _axes(f"What {what} sublayers read: {label}", height=min(6.5, 1.6 + 0.22 * len(rows))) as (figure, axes):
-        axes.grid(False)
-        axes.set_facecolor("#80808028")
-        mesh = axes.pcolormesh(
-            np.ma.masked_invalid(grid), cmap="viridis", norm=PowerNorm(0.5, 0, 1),
-            rasterized=grid.size > 2000,
-        )  # fmt: skip
-        partial = [
-            (len(row["sources"]) - 0.5, y + 0.5) for y, row in enumerate(rows) if row["sources"][-1] == "partial"
-        ]
-        if partial:
-            axes.plot(
-                *zip(*partial, strict=True), linestyle="none", marker=".", color="white", ms=6, mec="black", mew=0.5
-            )
-        axes.axhline(len(rows) - 1, color=INK, lw=1)
-        axes.set_ylim(len(rows), 0)
-        every = -(-len(rows) // 20)
-        layers = range(0, len(rows) - 1, every)
-        axes.set_yticks([y + 0.5 for y in [*layers, len(rows) - 1]], [*(str(y + 1) for y in layers), "output"])
-        every = -(-num_sources // 12)
-        shown = range(0, num_sources, every)
-        axes.set_xticks([x + 0.5 for x in shown], ["emb" if x == 0 else str(x) for x in shown])
-        axes.tick_params(length=0)
-        numbered = sources[-1].split()[0] if num_sources > 1 else "source"
-        axes.set_xlabel(f"source: embedding, then {numbered} 1 to {num_sources - 1}")
-        axes.set_ylabel("decoder layer")
-        bar = figure.colorbar(mesh, ax=axes, ticks=[0, 0.05, 0.2, 0.5, 1], shrink=0.9, aspect=26, pad=0.02)
-        bar.ax.set_yticklabels(["0", ".05", ".2", ".5", "1"])
-        bar.outline.set_visible(False)
-        bar.set_label("mean weight")
+    title = f"What {what} sublayers read: {label}"
+    with _axes(title, height=min(6.5, 1.6 + 0.22 * rows)) as (figure, axes):
+        draw_map(axes, depth, kind, title)
     return figure
 
 
-def magnitude_figure(runs: list[Run], quantity: Literal["output_magnitude", "gradient_magnitude"]) -> Figure:
+def draw_magnitudes(axes: Axes, runs: list[Run], quantity: Quantity, look: dict[str, Style]) -> None:
     """One measured magnitude by decoder layer, for every run that has a depth.json; gradients on a logarithmic axis."""
+    for run in runs:
+        if run.depth is None:
+            continue
+        values = [layer[quantity] for layer in run.depth["layers"]]
+        style = look[run.label]
+        axes.plot(
+            range(1, len(values) + 1), values,
+            color=style.color, linestyle=style.linestyle, marker=style.marker, markersize=4, lw=1.4, label=run.label,
+        )  # fmt: skip
     output = quantity == "output_magnitude"
-    with _axes("Output magnitude by depth" if output else "Gradient magnitude by depth") as (figure, axes):
-        for run in runs:
-            if run.depth is None:
-                continue
-            values = [layer[quantity] for layer in run.depth["layers"]]
-            style = styles(runs)[run.label]
-            axes.plot(
-                range(1, len(values) + 1), values,
-                color=style.color, linestyle=style.linestyle, marker=style.marker, markersize=4, lw=1.4, label=run.label,
-            )  # fmt: skip
-        if output:
-            axes.set_ylim(bottom=0)
-        else:
-            axes.set_yscale("log")
-            if axes.get_ylim()[1] < 20 * axes.get_ylim()[0]:
-                # Under a decade or so powers of ten alone would leave the axis without numbers.
-                axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
-                axes.yaxis.set_major_formatter(ScalarFormatter())
-                axes.yaxis.set_minor_formatter(ScalarFormatter())
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("decoder layer")
-        axes.set_ylabel("RMS of the running sum" if output else "RMS of d loss / d MLP output")
-        axes.legend()
+    if output:
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_yscale("log")
+        if axes.get_ylim()[1] < 20 * axes.get_ylim()[0]:
+            # Under a decade or so powers of ten alone would leave the axis without numbers.
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("RMS of the running sum" if output else "RMS of d loss / d MLP output")
+    axes.legend()
+
+
+def magnitude_figure(runs: list[Run], quantity: Quantity) -> Figure:
+    """One panel of ``draw_magnitudes``."""
+    title = "Output magnitude by depth" if quantity == "output_magnitude" else "Gradient magnitude by depth"
+    with _axes(title) as (figure, axes):
+        draw_magnitudes(axes, runs, quantity, styles(runs))
     return figure

@@ -38,7 +38,8 @@ def _draw(axes: Axes, matrix: Tensor, words: list[list[str]] | None, *, digits: 
             ink = "white" if abs(value) > 0.6 * largest else "#1d1f21"
             text = words[row][column] if words else f"{value:.2f}"
             size = 5.5 if words and len(text) > 8 else 7
-            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=size)
+            drawn = axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=size)
+            drawn.set_in_layout(False)  # it stays inside its cell, and asking every one makes the layout slow
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.colorbar(mesh, ax=axes, shrink=0.75, pad=0.02).outline.set_visible(False)
@@ -58,14 +59,20 @@ def figure_9() -> Figure:
     return figure
 
 
-def mixing_figure(matrix: Tensor, label: str) -> Figure:
+def draw_matrix(axes: Axes, matrix: Tensor, title: str) -> None:
     """The mean depth-mixing matrix [L+1, L+1] of a run, the output's read last."""
     sites = len(matrix)
+    axes.set_title(title)
+    _draw(axes, matrix, None, digits=sites <= 9)
+    shown = range(0, sites, -(-sites // 12))
+    axes.set_xticks([i + 0.5 for i in shown], ["emb" if i == 0 else str(i) for i in shown])
+    axes.set_yticks([i + 0.5 for i in shown], ["out" if i == sites - 1 else str(i + 1) for i in shown])
+    axes.set_xlabel("source: embedding, then output 1 to L")
+    axes.set_ylabel("read of sublayer")
+
+
+def mixing_figure(matrix: Tensor, label: str) -> Figure:
+    """One panel of ``draw_matrix``."""
     with _axes(f"Depth mixing: {label}", height=4.2) as (figure, axes):
-        _draw(axes, matrix, None, digits=sites <= 9)
-        shown = range(0, sites, -(-sites // 12))
-        axes.set_xticks([i + 0.5 for i in shown], ["emb" if i == 0 else str(i) for i in shown])
-        axes.set_yticks([i + 0.5 for i in shown], ["out" if i == sites - 1 else str(i + 1) for i in shown])
-        axes.set_xlabel("source: embedding, then output 1 to L")
-        axes.set_ylabel("read of sublayer")
+        draw_matrix(axes, matrix, f"Depth mixing: {label}")
     return figure

@@ -1,5 +1,7 @@
 """Figures of sweeps: laws and their residuals, differences with intervals, depth-width maps; style as in figures.py."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,18 +33,27 @@ def _compute_axis(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
+def draw_laws(
+    axes: Axes, points: dict[str, Points], fitted: dict[str, Fitted], unit: str, bands: dict[str, Any] | None = None
+) -> None:
+    """Measured losses, the fitted laws and, if given, their bands ({arm: (compute, low, high)}); compute on a log axis."""
+    for arm, measured in points.items():
+        colour, marker = look(arm, list(points))
+        line = np.geomspace(measured.compute.min(), measured.compute.max(), 100)
+        if bands is not None:
+            axes.fill_between(*bands[arm], color=colour, alpha=0.15, lw=0)
+        axes.plot(measured.compute, measured.losses, marker, color=colour, markersize=4)
+        axes.plot(line, fitted[arm].law.loss(line), color=colour, lw=1.3, label=arm)
+    _compute_axis(axes)
+    axes.set_xlabel(f"training compute, {unit}")
+    axes.set_ylabel("validation loss, nats per token")
+    axes.legend()
+
+
 def law_figure(points: dict[str, Points], fitted: dict[str, Fitted], unit: str) -> Figure:
-    """Measured losses and the fitted laws; compute on a logarithmic axis."""
+    """One panel of ``draw_laws``, without bands."""
     with _axes("Loss against compute") as (figure, axes):
-        for arm, measured in points.items():
-            colour, marker = look(arm, list(points))
-            line = np.geomspace(measured.compute.min(), measured.compute.max(), 100)
-            axes.plot(measured.compute, measured.losses, marker, color=colour, markersize=4)
-            axes.plot(line, fitted[arm].law.loss(line), color=colour, lw=1.3, label=arm)
-        _compute_axis(axes)
-        axes.set_xlabel(f"training compute, {unit}")
-        axes.set_ylabel("validation loss, nats per token")
-        axes.legend()
+        draw_laws(axes, points, fitted, unit)
     return figure
 
 

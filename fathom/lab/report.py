@@ -1,34 +1,36 @@
-"""The report: runs compared in one HTML file that opens offline, without scripts, on a phone or a desk, by day or night.
+"""The report: runs and sweeps compared in one HTML file that opens offline, on a phone or a desk, by day or night.
 
-``write_report`` reads run folders and nothing else, so the same folders give the same bytes.
+``write_report`` reads run folders and nothing else, so the same folders give the same bytes. Page, style and scripts are in
+assets/report*; report_data.py has what the scripts draw, and every number drawn stands in a table of the page too.
 """
 
-import base64
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
-
-from matplotlib.figure import Figure
+from string import Template
+from typing import Any
 
 from fathom.errors import UserError
-from fathom.lab import figures
+from fathom.lab import figures, report_data, report_sweep
 from fathom.lab.compare import difference, flags, headline
+from fathom.lab.report_html import NONE, Html, cards, chart, details, number, section, table
 from fathom.lab.runs import Run, read_runs
 from fathom.train.config import to_dict
 from fathom.train.dynamics import DEFINITIONS
 
-NONE = "–"
 TABLE_ROWS = 40
+MAPS = 8
+"""Runs whose mean weights are given in tables."""
 
 
 def write_report(runs: list[Path], out: Path) -> Path:
-    """Compare ``runs`` in the HTML file ``out`` (folders are made as needed, a file is replaced) and return ``out``.
+    """Compare ``runs`` (run folders and sweeps) in the HTML file ``out``, made or replaced with its folders; return ``out``.
 
     Raises:
-        UserError: no run, a folder that is not a run, a damaged file in one, or ``out`` cannot be written.
+        UserError: no run, a folder that is neither, a damaged file in one, or ``out`` cannot be written.
     """
-    page = render(read_runs(runs))
+    given = report_sweep.read_given(runs)
+    page = render(read_runs(given.runs), *report_sweep.sections(given.outcomes)[:2])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding="utf-8")
@@ -37,59 +39,13 @@ def write_report(runs: list[Path], out: Path) -> Path:
     return out
 
 
-class Html(str):
-    """Text that is HTML already."""
-
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, Html) else escape(str(value))
-
-
-def _table(head: list[Any], rows: list[list[Any]], caption: str, *, words: bool = False, shown: bool = False) -> str:
-    """A table whose first column heads its rows, in a box that scrolls by itself and takes the keyboard's focus."""
-    top = "".join(f'<th scope="col">{_cell(value)}</th>' for value in head)
-    body = "\n".join(
-        f'<tr><th scope="row">{_cell(first)}</th>' + "".join(f"<td>{_cell(value)}</td>" for value in rest) + "</tr>"
-        for first, *rest in rows
-    )
-    kind, of = "scroll open" if shown else "scroll", "words" if words else "numbers"
-    return (
-        f'<div class="{kind}" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f'<table class="{of}"><caption>{escape(caption)}</caption>\n'
-        f"<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
-    )
-
-
-def _figure(figure: Figure, alt: str, caption: str, data: str) -> str:
-    picture = base64.b64encode(figures.svg(figure).encode()).decode()
-    width, height = (round(100 * inches) for inches in figure.get_size_inches())
-    return (
-        f'<figure><div class="plot"><img src="data:image/svg+xml;base64,{picture}" width="{width}" height="{height}" '
-        f'alt="{escape(alt)}"></div>\n<figcaption>{escape(caption)}</figcaption>\n'
-        f"<details><summary>The numbers</summary>\n{data}</details></figure>"
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
-
-
-def _cards(*parts: str) -> str:
-    return '<div class="cards">\n' + "\n".join(parts) + "\n</div>"
-
-
-def _number(value: float | None, form: str = ".4f") -> str:
-    """With a true minus sign, or a dash for None."""
-    return NONE if value is None else format(value, form).replace("-", "−")
-
-
 def _comparison(runs: list[Run]) -> str:
     rows = []
     for run in runs:
         swatch = f'<span class="swatch" style="background:{figures.COLOURS[run.rule]}"></span>'
         rows.append([
-            Html(swatch + escape(run.label)), _number(run.val_loss),
-            "baseline" if run.rule == "prenorm" else _number(difference(run, runs), "+.4f"),
+            Html(swatch + escape(run.label)), number(run.val_loss),
+            "baseline" if run.rule == "prenorm" else number(difference(run, runs), "+.4f"),
             f"{1e3 * run.step_seconds:,.1f}", f"{run.tokens_per_second:,.0f}", run.rule, f"{run.num_parameters:,}",
             f"{run.tokens:,}", run.config.seed,
         ])  # fmt: skip
@@ -104,7 +60,7 @@ def _comparison(runs: list[Run]) -> str:
         "tokens",
         "seed",
     ]
-    return _table(head, rows, "Losses in nats per token; below zero is better than PreNorm", shown=True)
+    return table(head, rows, "Losses in nats per token; below zero is better than PreNorm", shown=True)
 
 
 def _losses(runs: list[Run]) -> str:
@@ -112,11 +68,11 @@ def _losses(runs: list[Run]) -> str:
     steps = steps[:: max(1, -(-len(steps) // TABLE_ROWS))]
     losses = {run.label: {row["step"]: row["loss"] for row in run.val} for run in runs}
     seconds = {run.label: run.seconds() for run in runs}
-    by_step = [[f"{step:,}", *(_number(losses[run.label].get(step)) for run in runs)] for step in steps]
+    by_step = [[f"{step:,}", *(number(losses[run.label].get(step)) for run in runs)] for step in steps]
     by_time = [
         [
             f"{step:,}",
-            *(_number(seconds[run.label].get(step) if step in losses[run.label] else None, ",.1f") for run in runs),
+            *(number(seconds[run.label].get(step) if step in losses[run.label] else None, ",.1f") for run in runs),
         ]
         for step in steps
     ]
@@ -126,56 +82,54 @@ def _losses(runs: list[Run]) -> str:
         for run in runs
         if run.val
     )
-    cut = "What lies above the first validation is cut off; long training curves are drawn as means over stretches."
-    return _cards(
-        _figure(
-            figures.loss_figure(runs, "steps"), f"Line chart of losses by optimizer step. Validation loss: {fall}.",
-            f"Marked: validation loss. Thin: training loss of each step's batch. {cut}",
-            _table(["step", *names], by_step, "Validation loss, nats per token"),
-        ),
-        _figure(
-            figures.loss_figure(runs, "seconds"), f"Line chart of losses by training time. Validation loss: {fall}.",
-            "The same losses against the time spent in training steps, without validation and checkpoints.",
-            _table(["step", *names], by_time, "Seconds of training when each validation was done"),
-        ),
+    # Two tables, so that a phone can show one of them.
+    return cards(
+        chart(
+            "loss", "Training and validation loss", f"Line chart of losses. Validation loss: {fall}.",
+            "Strong: validation loss. Faint: training loss of each step's batch, of long runs as means over stretches. What lies "
+            "above the first validation is cut off. Drag to enlarge a part, double-click to see all; seconds are of training "
+            "steps alone.",
+            table(["step", *names], by_step, "Validation loss, nats per token")
+            + table(["step", *names], by_time, "Seconds of training when each validation was done"),
+        )
     )  # fmt: skip
 
 
-def _maps(run: Run) -> str:
+def _mean_weights(run: Run) -> str:
     assert run.depth is not None
-    cards = []
-    kinds: tuple[tuple[Literal["attention", "mlp"], str], ...] = (("attention", "attention"), ("mlp", "MLP"))
-    for kind, what in kinds:
-        sites = [site for site in run.depth["sites"] if site["name"].endswith(kind)] + run.depth["sites"][-1:]
-        sources = run.depth["sites"][-1]["sources"]
-        rows = [
-            [site["name"], f"{site['effective_sources']:.2f}", f"{site['entropy_nats']:.3f}"]
-            + [f"{weight:.3f}" for weight in site["weights"]] + [""] * (len(sources) - len(site["weights"]))
-            for site in sites
-        ]  # fmt: skip
-        named = max(zip(sites[-1]["weights"], sources, strict=True))
-        widest = max(sites, key=lambda site: site["effective_sources"])
-        cards.append(
-            _figure(
-                figures.depth_map(run.depth, kind, run.label),
-                f"Heat map of the mean depth-attention weights before each {what} sublayer of {run.label}, and of the output. "
-                f"The output reads most from the {named[1]}, {named[0]:.2f}; {widest['name']} reads most widely, "
-                f"{widest['effective_sources']:.1f} effective sources.",
-                f"{run.label}: the share of each source in what the {what} sublayer of each decoder layer reads, mean over "
-                f"{run.depth['tokens']:,} tokens. A row adds up to one; grey is no source yet"
-                + ("; a dot marks the running sum of an unfinished block." if run.rule == "block" else "."),
-                _table(
-                    ["site", "effective sources", "entropy, nats", *sources],
-                    rows,
-                    f"{run.label}: mean weights by source",
-                ),
-            )
-        )
-    return _cards(*cards)
+    columns, places = report_data.place([site["sources"] for site in run.depth["sites"]])
+    rows = []
+    for site, at in zip(run.depth["sites"], places, strict=True):
+        cells = [""] * len(columns)
+        for column, weight in zip(at, site["weights"], strict=True):
+            cells[column] = f"{weight:.3f}"
+        rows.append([site["name"], f"{site['effective_sources']:.2f}", f"{site['entropy_nats']:.3f}", *cells])
+    head = ["site", "effective sources", "entropy, nats", *columns]
+    caption = f"{run.label}: mean weights by source, over {run.depth['tokens']:,} tokens"
+    return details(f"The numbers of {run.label}", table(head, rows, caption))
+
+
+def _reads(readers: list[Run]) -> str:
+    text = (
+        "Every sublayer of an AttnRes network chooses, token by token, how much of each earlier source it reads. Choose a token "
+        "of a validation sentence to see what it reads, and a row of the map for one site."
+    )
+    panel = '<div id="reads" class="open panels"></div>'
+    return section(
+        "What each layer reads", f"<p>{text}</p>", panel, *map(_mean_weights, readers[:MAPS])
+    )  # fmt: skip
+
+
+def _mixing() -> str:
+    text = (
+        "Any residual rule as one matrix over depth (section 6 of the paper): row by row, how much of the embedding and of each "
+        "sublayer's output is in what a site reads. PreNorm's is all ones."
+    )
+    return section("Depth mixing", f"<p>{text}</p>", '<div id="mixing" class="open panels"></div>')
 
 
 def _magnitudes(runs: list[Run]) -> str:
-    cards = []
+    made = []
     for quantity in ("output_magnitude", "gradient_magnitude"):
         columns = [[layer[quantity] for layer in run.depth["layers"]] for run in runs if run.depth is not None]
         names = [run.label for run in runs if run.depth is not None]
@@ -188,15 +142,13 @@ def _magnitudes(runs: list[Run]) -> str:
             for name, column in zip(names, columns, strict=True)
         )
         title = quantity.replace("_", " ").capitalize()
-        cards.append(
-            _figure(
-                figures.magnitude_figure(runs, quantity),
-                f"Line chart of the {title.lower()} by decoder layer: {ends}.",
-                f"{title}: {DEFINITIONS[quantity]}.",
-                _table(["decoder layer", *names], rows, title),
+        made.append(
+            chart(
+                quantity.replace("_", "-"), f"{title} by depth", f"Line chart of the {title.lower()} by decoder layer: {ends}.",
+                f"{title}: {DEFINITIONS[quantity]}.".replace("``", ""), table(["decoder layer", *names], rows, title),
             )
-        )
-    return _cards(*cards)
+        )  # fmt: skip
+    return cards(*made)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -215,12 +167,11 @@ def _by_run(values: list[dict[str, Any]], runs: list[Run], what: str, *, shown: 
     parts = []
     if apart:
         parts.append(
-            _table(["name", *(run.label for run in runs)], apart, f"{what} that differ", words=True, shown=True)
+            table(["name", *(run.label for run in runs)], apart, f"{what} that differ", words=True, shown=True)
         )
     if alike:
         title = f"{what} shared by all runs" if len(runs) > 1 else what
-        table = _table(["name", "value"], alike, title, words=True)
-        parts.append(f"<details{' open' if shown else ''}><summary>{escape(title)}</summary>\n{table}</details>")
+        parts.append(details(title, table(["name", "value"], alike, title, words=True), opened=shown))
     return parts
 
 
@@ -238,47 +189,39 @@ def _origin(run: Run) -> dict[str, Any]:
     }
 
 
-def render(runs: list[Run]) -> str:
+def _asset(name: str) -> str:
+    return resources.files("fathom").joinpath(f"assets/{name}").read_text(encoding="utf-8")
+
+
+def render(runs: list[Run], sweep_sections: list[str], sweep_charts: dict[str, Any]) -> str:
     """The page as one HTML document."""
-    notes = "\n".join(f'<p class="note">{escape(note)}</p>' for note in flags(runs))
     measured = [run for run in runs if run.depth is not None]
     readers = [run for run in measured if run.depth is not None and run.depth["sites"]]
-    sections = [_section("Comparison", _comparison(runs)), _section("Loss", _losses(runs))]
+    mixed = [run for run in runs if run.reads is not None]
+    charts: dict[str, Any] = {"loss": report_data.losses(runs), **sweep_charts}
+    sections = [section("Comparison", _comparison(runs)), *sweep_sections, section("Loss", _losses(runs))]
     if readers:
-        text = "Every sublayer of an AttnRes network chooses, token by token, how much of each earlier source it reads."
-        sections.append(_section("What each layer reads", f"<p>{text}</p>", *map(_maps, readers)))
+        sections.append(_reads(readers))
     if measured:
-        sections.append(_section("Magnitudes by depth", _magnitudes(runs)))
+        charts["output-magnitude"] = report_data.magnitudes(measured, "output_magnitude")
+        charts["gradient-magnitude"] = report_data.magnitudes(measured, "gradient_magnitude")
+        sections.append(section("Magnitudes by depth", _magnitudes(measured)))
+    if mixed:
+        sections.append(_mixing())
     missing = [run.label for run in runs if run.depth is None]
     if missing:
         text = f"Not measured by depth (no depth.json): {', '.join(missing)}."
         sections.append(f'<p class="quiet">{escape(text)}</p>')
     settings = [_flatten(to_dict(run.config)) for run in runs]
-    sections.append(_section("Settings", *_by_run(settings, runs, "Settings", shown=False)))
+    sections.append(section("Settings", *_by_run(settings, runs, "Settings", shown=False)))
     origins = [_origin(run) for run in runs]
-    sections.append(_section("Where the numbers come from", *_by_run(origins, runs, "Facts", shown=True)))
-    style = resources.files("fathom").joinpath("assets/report.css").read_text()
-    body = "\n".join(sections)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Fathom: {escape(", ".join(run.label for run in runs))}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>Fathom report</h1>
-<p class="lead">{escape(headline(runs))}</p>
-{notes}
-</header>
-{body}
-<footer><p>Written by Fathom from the run folders alone; every number is in their metrics.jsonl and depth.json.</p></footer>
-</main>
-</body>
-</html>
-"""
+    sections.append(section("Where the numbers come from", *_by_run(origins, runs, "Facts", shown=True)))
+    return Template(_asset("report.html")).substitute(
+        title=escape(", ".join(run.label for run in runs[:4]) + (" ..." if len(runs) > 4 else "")),
+        headline=escape(headline(runs)),
+        notes="\n".join(f'<p class="note">{escape(note)}</p>' for note in flags(runs)),
+        body="\n".join(sections),
+        style=_asset("uplot.min.css") + "\n" + _asset("report.css"),
+        script="\n".join(map(_asset, ("uplot.min.js", "report-charts.js", "report-maps.js"))),
+        data=report_data.payload(charts, readers, mixed),
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fathom.errors import UserError
+from fathom.lab.report_reads import FILE, check_reads
 from fathom.models.accounting import parameters
 from fathom.train.config import RunConfig, load_config, read_object
 from fathom.train.metrics import read_metrics
@@ -31,6 +32,8 @@ class Run:
     """Metric lines of kind val; empty if the run stopped before its first validation."""
     depth: dict[str, Any] | None
     """depth.json, if it was measured."""
+    reads: dict[str, Any] | None = None
+    """reads.json (report_reads.py), if it was measured."""
 
     @property
     def rule(self) -> str:
@@ -78,6 +81,10 @@ def _depth(path: Path, rule: str) -> dict[str, Any] | None:
     return depth
 
 
+def _reads(path: Path) -> dict[str, Any] | None:
+    return check_reads(path, read_object(path)) if path.is_file() else None
+
+
 def read_runs(folders: list[Path]) -> list[Run]:
     """The runs of ``folders``, in their order. ``UserError`` for none, a folder that is not a run, and a damaged file."""
     if not folders:
@@ -104,6 +111,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
                 train=train,
                 val=[row for row in rows if row["kind"] == "val"],
                 depth=_depth(folder / "depth.json", config.model.residual.rule),
+                reads=_reads(folder / FILE),
             )
         )
     return runs

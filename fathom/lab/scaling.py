@@ -144,6 +144,50 @@ class Fitted:
     """Measured minus fitted loss of each size, nats per token."""
 
 
+def _refits(
+    table: dict[str, Points], *, irreducible: bool, draws: int, seed: int
+) -> tuple[dict[str, Law], Array, dict[str, Law]]:
+    """Every arm's law, the residuals [size, arm], and every arm's laws refitted to draws (see the top of this file)."""
+    parameters = 3 if irreducible else 2
+    n = len(next(iter(table.values())).losses)
+    laws = {arm: fit(points.compute, points.losses, irreducible=irreducible) for arm, points in table.items()}
+    expected = np.stack([laws[arm].loss(points.compute) for arm, points in table.items()], -1)
+    residuals = np.stack([points.losses for points in table.values()], -1) - expected
+    random = np.random.default_rng(seed)
+    # Rows of normal @ residuals have the covariance of the arms' residuals, without a matrix root of it.
+    noise = random.standard_normal((draws, n, n)) @ residuals
+    noise /= np.sqrt(random.chisquare(n - parameters, size=(draws, 1, 1)))
+    drawn = {
+        arm: fit(points.compute, (expected + noise)[..., column], irreducible=irreducible)
+        for column, (arm, points) in enumerate(table.items())
+    }
+    return laws, residuals, drawn
+
+
+def bands(
+    table: dict[str, Points],
+    *,
+    irreducible: bool,
+    level: float = LEVEL,
+    draws: int = 2000,
+    seed: int = 0,
+    places: int = 60,
+) -> dict[str, tuple[Array, Array, Array]]:
+    """Compute from the smallest size to the largest, and the interval of each arm's law there: (compute, low, high).
+
+    The table must be one that ``fit_arms`` takes.
+    """
+    check_level(level)
+    found = {}
+    _, _, drawn = _refits(table, irreducible=irreducible, draws=draws, seed=seed)
+    for arm, laws in drawn.items():
+        compute = np.geomspace(table[arm].compute.min(), table[arm].compute.max(), places)
+        losses = Law(*(np.asarray(value)[:, None] for value in (laws.floor, laws.scale, laws.exponent))).loss(compute)
+        low, high = np.quantile(losses, ((1 - level) / 2, (1 + level) / 2), axis=0)
+        found[arm] = (compute, low, high)
+    return found
+
+
 def fit_arms(
     table: dict[str, Points], *, baseline: str, budget: float, irreducible: bool, level: float = LEVEL,
     draws: int = 2000, seed: int = 0,
@@ -166,17 +210,7 @@ def fit_arms(
         raise UserError(
             f"a law of {parameters} coefficients needs at least {parameters + 1} sizes to say how sure it is: there are {n}"
         )
-    laws = {arm: fit(points.compute, points.losses, irreducible=irreducible) for arm, points in table.items()}
-    expected = np.stack([laws[arm].loss(points.compute) for arm, points in table.items()], -1)
-    residuals = np.stack([points.losses for points in table.values()], -1) - expected
-    random = np.random.default_rng(seed)
-    # Rows of normal @ residuals have the covariance of the arms' residuals, without a matrix root of it.
-    noise = random.standard_normal((draws, n, n)) @ residuals
-    noise /= np.sqrt(random.chisquare(n - parameters, size=(draws, 1, 1)))
-    drawn = {
-        arm: fit(points.compute, (expected + noise)[..., column], irreducible=irreducible)
-        for column, (arm, points) in enumerate(table.items())
-    }
+    laws, residuals, drawn = _refits(table, irreducible=irreducible, draws=draws, seed=seed)
     kept = np.array([np.delete(np.arange(n), i) for i in range(n)])
     left_out = {
         arm: fit(points.compute[kept], points.losses[kept], irreducible=irreducible) for arm, points in table.items()
