@@ -1,5 +1,6 @@
 """`fathom residuals` and `bench`: what a residual rule costs, counted and timed."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, arg
@@ -76,7 +77,7 @@ def residuals() -> Function:
 def bench() -> Function:
     from fathom.bench import BenchOptions
     from fathom.bench import bench as run_bench
-    from fathom.commands.pipeline import show_traffic
+    from fathom.commands.pipeline import show_pipeline
 
     def run(
         options: Annotated[BenchOptions, arg(name="")],
@@ -85,7 +86,8 @@ def bench() -> Function:
         chunk: int | None = None,
         pipeline: Annotated[bool, FlagCreatePairsOff] = False,
         virtual: int = 2,
-        micro_batches: int = 8,
+        micro_batches: int | None = None,
+        speeds: Path | None = None,
         as_json: Json = False,
     ) -> None:
         """Time the training step of every residual rule against PreNorm, in turns, once they agree at zero queries.
@@ -98,10 +100,11 @@ def bench() -> Function:
             chunk: With --memory: tokens of a prompt taken in at a time; the whole prompt if not given.
             pipeline: Instead, show the bytes of every hop of a pipeline, naive against cached; --batch is a micro-batch.
             virtual: With --pipeline: stages of one rank.
-            micro_batches: With --pipeline: micro-batches of one step.
+            micro_batches: With --pipeline: micro-batches of one step; 8, or two for each rank, if not given.
+            speeds: With --pipeline: a JSON file with the speeds of a rank and its links, for the simulated times.
         """
         if pipeline:
-            show_traffic(options, ranks, virtual, micro_batches, as_json=as_json)
+            show_pipeline(options, ranks, virtual, micro_batches or max(8, 2 * ranks), speeds, as_json=as_json)
             return
         if memory:
             _memory(options, ranks, chunk, as_json)

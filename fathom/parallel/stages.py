@@ -165,18 +165,19 @@ class Stage(nn.Module):
     ) -> Float[Tensor, "B T V"] | tuple[Float[Tensor, "B T D"], ...]:
         context, state = self._context(tokens), self._enter(received, tokens)
         for sites in self._regions():
-            state = self._through(sites, context, state)
-        return self.head(self.stream.finish(state, self.final_norm)) if self.is_last else self._leave(state)
+            state = self._again(self._run, state, sites, context)
+        return (
+            self.head(self._again(self.stream.finish, state, self.final_norm)) if self.is_last else self._leave(state)
+        )
 
-    def _through(self, sites: range, context: Context, state: Any) -> Any:
+    def _again(self, part: Callable[..., Any], *arguments: Any) -> Any:
+        """``part`` of the arguments; computed again in the backward pass where that is asked for."""
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._run(sites, context, state)
+            return part(*arguments)
         options: dict[str, Any] = {}
         if self.recompute == "selective":
             options["context_fn"] = lambda: create_selective_checkpoint_contexts(KEPT)
-        return checkpoint(
-            self._run, sites, context, state, use_reentrant=False, preserve_rng_state=False, **options
-        )  # fmt: skip
+        return checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
     def _regions(self) -> list[range]:
         """The stage's sites, counted from its first, in decoder layers or what of them lies in the stage."""
@@ -185,7 +186,7 @@ class Stage(nn.Module):
         cuts = [0, *(site for site in range(1, count) if (first + site) % 2 == 0), count]
         return [range(a, b) for a, b in pairwise(cuts)]
 
-    def _run(self, sites: range, context: Context, state: Any) -> Any:
+    def _run(self, state: Any, sites: range, context: Context) -> Any:
         stream: Stream = self.stream
         for site in sites:
             sublayer = self.sublayers[str(self.plan.firsts[self.index] + site)]

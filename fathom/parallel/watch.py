@@ -41,6 +41,8 @@ class Watch:
         """Set when this process needs no watch any more: it ends by itself, or has been told that all end."""
         self._failing: Literal["", "first", "perhaps"] = ""
         """Whether this process has an error, of which it is the first cause or perhaps another one is."""
+        self._error = threading.Event()
+        """Set when it has one."""
         self._speaking = threading.Lock()
         self._peers: list[socket.socket] = []
         server = socket.create_server((host, 0), backlog=size) if number == 0 else None
@@ -94,6 +96,8 @@ class Watch:
         with contextlib.suppress(OSError):
             for line in file:
                 word, _, number = line.strip().partition(" ")
+                if word == "end" and int(number) == 0:
+                    self._error.wait(GRACE)  # often all fail alike, and each is to end as it would alone
                 if word == "end" and int(number) != self.number and self._failing != "first":
                     os._exit(1)
                 self._over.set()
@@ -118,6 +122,7 @@ class Watch:
             perhaps: it may be only that another process is gone; if so, this one ends here.
         """
         self._failing = "perhaps" if perhaps else "first"
+        self._error.set()
         if self.number > 0:
             self._tell(f"failed {what}")
             self._over.wait(2 * GRACE + 2)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
+from fathom.parallel.config import Recompute
 
 MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, 2, 5
 
@@ -23,6 +24,7 @@ class Case:
     cache: bool = True
     schedule: str = "1f1b"
     document_mask: bool = False
+    recompute: Recompute = "none"
     dp: int = 1
     """Pipelines side by side; with as many as ranks there is no pipeline, only FSDP2."""
 
@@ -65,16 +67,20 @@ CASES = {
         "prenorm": Case(world, 2, ResidualConfig(rule="prenorm"), 2 * world),
         "single-pass": Case(world, 2, _block(5, schedule="single_pass"), 2 * world + 1),
         "recompute": Case(world, 2, _block(5, recompute=True), 2 * world + 1),
+        "recompute-full": Case(world, 2, _block(5), 2 * world + 1, recompute="full"),
         "no-gain": Case(world, 2, _block(5, gain=False), 2 * world + 1),
         "documents": Case(world, 2, _block(5), 2 * world + 1, document_mask=True),
         "gpipe": Case(world, 1, _block(3), 2 * world, schedule="gpipe"),
         "looped-bfs": Case(world, 2, _block(3), 2 * world, schedule="looped_bfs"),
     }.items()
 } | {
+    "2-recompute-selective": Case(2, 2, _block(5), 5, recompute="selective"),
+    "2-recompute-prenorm": Case(2, 2, ResidualConfig(rule="prenorm"), 5, recompute="full"),
     "2-fsdp": Case(2, 1, _block(5), 5, dp=2),
     "4-fsdp-prenorm": Case(4, 1, ResidualConfig(rule="prenorm"), 3, dp=4),
     "4-fsdp-v1": Case(4, 1, _block(4), 5, (0, 5), dp=2),
     "4-fsdp-v2": Case(4, 2, _block(5), 5, dp=2),
+    "4-fsdp-recompute": Case(4, 2, _block(5), 5, dp=2, recompute="full"),
     "4-fsdp-v2-naive": Case(4, 2, _block(5), 5, dp=2, cache=False),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import runpy
 import sys
 import traceback
 from collections import defaultdict
@@ -31,7 +32,8 @@ def watch_memory(pipeline: Pipeline) -> tuple[dict[int, dict[int, set[int]]], li
         read = stage.stream.read
 
         def watched(state, site, norm, read=read):  # type: ignore[no-untyped-def]
-            for n, source in enumerate(getattr(state, "bank", ())):
+            again = torch._C._current_graph_task_id() != -1  # in a backward pass, of another micro-batch
+            for n, source in enumerate(() if again else getattr(state, "bank", ())):
                 places[pipeline.cache.micro_batch][n].add(source.data_ptr())
             most[0] = max(most[0], pipeline.cache.nbytes())
             return read(state, site, norm)
@@ -62,8 +64,8 @@ def pipeline_of(case: Case) -> tuple[Pipeline, Tensor, Tensor]:
     tokens, targets = (part.chunk(case.dp)[axes.get_local_rank("dp")] for part in batch(case))
     pipeline = Pipeline(
         network(case), num_virtual=case.virtual, num_micro_batches=MICRO_BATCHES // case.dp, micro_batch=MICRO_BATCH,
-        length=LENGTH, cache=case.cache, schedule=case.schedule, firsts=case.firsts, group=axes.get_group("pp"),
-        dp=axes["dp"] if case.dp > 1 else None,
+        length=LENGTH, cache=case.cache, recompute=case.recompute, schedule=case.schedule, firsts=case.firsts,
+        group=axes.get_group("pp"), dp=axes["dp"] if case.dp > 1 else None,
     )  # fmt: skip
     return pipeline, tokens, targets
 
@@ -81,6 +83,12 @@ def run_fsdp(case: Case) -> dict[str, Any]:
         steps.append((total / case.world, {(0, key): gradient(p) for key, p in model.named_parameters()}))
         model.zero_grad()
     return {"steps": steps, "local": local_numbers([model])}
+
+
+def order_of(pipeline: Pipeline) -> list[tuple[int, bool, int]]:
+    """What the schedule makes this rank run, as passes of simulate.py; none where torch keeps no list of them."""
+    actions = getattr(pipeline.schedule, "pipeline_order", {}).get(pipeline.rank, [])
+    return [(a.stage_index, a.computation_type.name == "FORWARD", a.microbatch_index) for a in actions if a is not None]
 
 
 def run(case: Case) -> dict[str, Any]:
@@ -106,6 +114,7 @@ def run(case: Case) -> dict[str, Any]:
         "copies": copies,
         "most": most[0],
         "left": pipeline.cache.nbytes(),
+        "order": order_of(pipeline),
     }
 
 
@@ -134,6 +143,13 @@ def reshard(world: int, folder: Path) -> dict[str, Tensor]:
     return losses
 
 
+def benchmark(out: Path) -> None:
+    """As `torchrun` starts benchmarks/pipeline.py, at a tiny size."""
+    script = Path(__file__).parents[2] / "benchmarks" / "pipeline.py"
+    sys.argv = [str(script), "--device", "cpu", "--tiny", "--micro-batches", "4", "--rounds", "2", "--out", str(out)]
+    runpy.run_path(str(script), run_name="__main__")
+
+
 def main(world: int, rank: int, folder: Path) -> None:
     """``folder`` is shared by the worlds: rank k of a world leaves what it saw in WORLD-k.pt, or why it failed in WORLD-k.log."""
     with (folder / f"{world}-{rank}.log").open("w") as log:
@@ -149,6 +165,8 @@ def main(world: int, rank: int, folder: Path) -> None:
         }
         seen["reshard"] = reshard(world, folder)
         train_all(world, rank, folder)
+        if world == 2:
+            benchmark(folder / "benchmark")
         torch.save(seen, folder / f"{world}-{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
