@@ -152,6 +152,10 @@ COMMANDS = {
         "Write a world with its evidence as one snapshot, named by its hash.", "fathom world freeze paper-table2 worlds"
     ),
     "log verify": Command(
+    "world grow": Command(
+        "Write the theories of a world's grammar out: all, or those that a trained sampler finds.",
+        "fathom world grow grammar.yaml world.yaml",
+    ),
         "Check a log of questions, against a checkpoint that you kept.",
         "fathom log verify asked.jsonl --checkpoint kept",
     ),

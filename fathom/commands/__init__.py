@@ -6,7 +6,7 @@ people or, with `--json`, as one JSON value; all else goes to standard error.
 
 from collections.abc import Callable
 
-from fathom.commands import ask, data, evidence, hf, instrument, lab, log, measure, mixing, probe, runs, sample, sweep
+from fathom.commands import ask, data, evidence, grow, hf, instrument, lab, log, measure, mixing, probe, runs, sample, sweep
 from fathom.commands.output import Function
 from fathom.commands.sizes import sizes
 
@@ -48,6 +48,7 @@ COMMANDS: dict[str, Callable[[], Function]] = {
     "ask key": instrument.key,
     "world lint": ask.lint,
     "world freeze": ask.freeze,
+    "world grow": grow.grow,
     "log verify": log.verify,
     "log checkpoint": log.checkpoint,
     "log prove": log.prove,
