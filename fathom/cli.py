@@ -78,6 +78,10 @@ COMMANDS = {
         "Put a pretrained decoder of Transformers on a stream: the same function until it is trained.",
         "fathom convert models/smollm2 models/smollm2-block --num-blocks 8",
     ),
+    "finetune": Command(
+        "Train a model folder of Transformers further, converted or not.",
+        "fathom finetune models/smollm2-block runs/tuned --data.folder data/debian-smollm2 --steps 300",
+    ),
     "eval": Command(
         "Evaluate a run or a model folder on tasks of lm-evaluation-harness, offline.",
         "fathom eval runs/full --tasks heldout lastword",
@@ -148,14 +152,14 @@ COMMANDS = {
     ),
     "ask key": Command("Add a key with budgets to a server's list.", "fathom ask key keys.json ada"),
     "world lint": Command("Say what is wrong with a world file, by line.", "fathom world lint world.yaml"),
-    "world freeze": Command(
-        "Write a world with its evidence as one snapshot, named by its hash.", "fathom world freeze paper-table2 worlds"
-    ),
-    "log verify": Command(
     "world grow": Command(
         "Write the theories of a world's grammar out: all, or those that a trained sampler finds.",
         "fathom world grow grammar.yaml world.yaml",
     ),
+    "world freeze": Command(
+        "Write a world with its evidence as one snapshot, named by its hash.", "fathom world freeze paper-table2 worlds"
+    ),
+    "log verify": Command(
         "Check a log of questions, against a checkpoint that you kept.",
         "fathom log verify asked.jsonl --checkpoint kept",
     ),

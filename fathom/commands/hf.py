@@ -72,6 +72,41 @@ def convert() -> Function:
     return run
 
 
+def finetune() -> Function:
+    from fathom.hf.finetune import FinetuneConfig
+
+    def run(
+        model: Positional[Path],
+        out: Positional[Path],
+        options: Annotated[FinetuneConfig, arg(name="")],
+        as_json: Json = False,
+    ) -> int | None:
+        """Train a model folder further on a dataset made with its tokenizer: a conversion, or the original as its control.
+
+        Args:
+            model: A model folder of Transformers.
+            out: The folder to make.
+            options: How.
+        """
+        _offline()
+        from fathom.hf.finetune import finetune
+        from fathom.train.loop import Diverged
+
+        try:
+            summary = finetune(model, out, options)
+        except Diverged as error:
+            print(f"fathom finetune: {error}", file=sys.stderr)
+            return 1
+        if as_json:
+            print_json({"out": str(out), **summary})
+        else:
+            before, after = summary["val_loss_before"], summary["val_loss"]
+            print(f"{out}: validation {before:.4f} before, {after:.4f} after {summary['tokens']:,} tokens")
+        return None
+
+    return run
+
+
 def evaluate() -> Function:
     def run(
         model: Positional[Path],

@@ -123,3 +123,8 @@ class ConvertedConfig(PreTrainedConfig):
         if not isinstance(self.text_config, PreTrainedConfig):
             raise UserError("text_config is missing: it is the configuration of the decoder that was converted")
         return self.text_config
+
+
+def decoder_config(model: Any) -> Any:
+    """Where a model's vocabulary and positions stand: of a conversion, the configuration of the decoder in it."""
+    return model.config.network_config() if isinstance(model.config, ConvertedConfig) else model.config

@@ -12,6 +12,7 @@ import torch
 
 from fathom.errors import UserError
 from fathom.hf.checkpoints import load_checkpoint
+from fathom.hf.config import decoder_config
 from fathom.hf.export import from_native, tokenizer_for
 from fathom.hf.tasks import own_task
 from fathom.inference.load import load_run
@@ -74,7 +75,7 @@ def evaluate(
     lm_eval = harness()
     place = pick_device(device)
     model, tokenizer = load(path, place)
-    context = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    context = getattr(decoder_config(model), "max_position_embeddings", None) or tokenizer.model_max_length
     wrapped = lm_eval.models.huggingface.HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=context, device=str(place)
     )
