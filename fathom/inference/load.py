@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer
 
 from fathom.errors import UserError
+from fathom.models.kimi_linear import build
 from fathom.models.transformer import Transformer
 from fathom.train import checkpoint
 from fathom.train.config import load_config
@@ -40,7 +41,7 @@ def load_run(run: Path, device: torch.device, *, step: int | None = None) -> tup
             f"{run / 'tokenizer.json'} ends documents with token {end_of_text}, the model with {progress.end_of_text}: "
             "it belongs to another run"
         )
-    model = Transformer(config.model, end_of_text=progress.end_of_text)
+    model = build(config.model, end_of_text=progress.end_of_text)
     checkpoint.load_model(folder, model)
     return model.to(device).eval(), tokenizer
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fathom.errors import UserError
+from fathom.models.kimi_linear import build
 from fathom.models.transformer import Transformer
 from fathom.train import checkpoint
 from fathom.train.checkpoint import Progress
@@ -64,7 +65,7 @@ def load_newest(run: Path, *, sequences: int, device: str) -> Newest:
     shards = TokenShards(folder, "val")
     if read_object(run / "data.json").get("corpus_hash") != shards.corpus_hash:
         raise UserError(f"{folder} holds another corpus than the one {run} was trained on; give the original data")
-    model = Transformer(config.model, end_of_text=progress.end_of_text)
+    model = build(config.model, end_of_text=progress.end_of_text)
     checkpoint.load_model(found[-1], model)
     model.to(place)
     held_out = Batches(shards, config.model.context, 0, shuffle=False)

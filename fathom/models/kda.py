@@ -26,7 +26,7 @@ from fathom.errors import UserError
 from fathom.models.kimi_config import KimiConfig
 from fathom.models.layers import Context, RMSNorm
 
-CHUNK = 32
+CHUNK = 16
 """Tokens of a piece; pairwise decays of a piece are [C, C, K]."""
 
 L2_EPS = 1e-6
@@ -94,8 +94,8 @@ def chunked(
             kept = kept * (numbers[:, -1:] == before)[:, None]
         apart = total.unsqueeze(3) - total.unsqueeze(2)
         decay = apart.masked_fill(~sees.unsqueeze(-1), -torch.inf).exp()
-        read = torch.einsum("bhik,bhjk,bhijk->bhij", q, k, decay)
-        overlap = torch.einsum("bhik,bhjk,bhijk->bhij", k, k, decay) * b.unsqueeze(2)
+        read, overlap = torch.einsum("nbhik,bhijk->nbhij", torch.stack((q, k)), k.unsqueeze(2) * decay)
+        overlap = overlap * b.unsqueeze(2)
         system = overlap.tril(-1)  # its unit diagonal is implied
         change = torch.linalg.solve_triangular(
             system, v - (k * from_state) @ memory, upper=False, unitriangular=True

@@ -101,7 +101,7 @@ def micro() -> KimiConfig:
     """For a CPU: learns the embedded text within a minute."""
     config = KimiConfig(
         vocab_size=1024, context=128, dim=64, num_layers=4, num_heads=2, head_dim=32, mlp_dim=192,
-        kv_rank=32, shared_key_dim=8, num_experts=8, active_experts=2, expert_dim=48,
+        kv_rank=32, shared_key_dim=8, num_experts=8, active_experts=2, expert_dim=48, balance_rate=1e-2,
         residual=ResidualConfig(rule="block", num_blocks=4),
     )  # fmt: skip
     return _checked(config, total=512_670, active=215_710)

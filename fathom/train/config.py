@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from fathom.errors import UserError
 from fathom.models.config import ModelConfig
+from fathom.models.kimi_config import KimiConfig
 from fathom.parallel.config import ParallelConfig, check_micro_batches
 
 T = TypeVar("T")
@@ -136,6 +137,8 @@ class RunConfig:
             check_micro_batches(part // size, p.schedule, p.pp, p.virtual)
         if p.size > 1 or p.recompute != "none":
             what = f"on {p.size} processes" if p.size > 1 else f"with parallel.recompute {p.recompute}"
+            if isinstance(self.model, KimiConfig):
+                raise UserError(f"Kimi Linear does not train {what}: leave parallel out")
             if self.compile == "model":
                 raise UserError(f"compile model does not work {what}: use layers")
             if self.dynamics_every:
@@ -162,6 +165,8 @@ def from_dict(kind: type[T], values: Any, where: str = "") -> T:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
+        if hint is ModelConfig and isinstance(value, dict) and value.get("architecture") == "kimi_linear":
+            hint = KimiConfig
         return from_dict(typing.cast(type, hint), value, where)
     options = typing.get_args(hint)
     if type(None) in options:

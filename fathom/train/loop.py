@@ -32,7 +32,8 @@ from torch import Tensor
 
 from fathom.errors import UserError
 from fathom.models.accounting import assert_parameters, flops_per_token
-from fathom.models.transformer import Transformer
+from fathom.models.kimi_linear import build
+from fathom.models.moe import balance
 from fathom.parallel.config import ParallelConfig
 from fathom.parallel.ranks import Ranks
 from fathom.train import checkpoint
@@ -65,6 +66,8 @@ class StepResult:
     """Global gradient norm before clipping."""
     lr: float
     """AdamW's rate."""
+    expert_load: Tensor | None
+    """Of every layer with experts, the largest load over the mean; None without experts."""
 
 
 def data_folder(config: RunConfig) -> Path:
@@ -98,7 +101,7 @@ class Trainer:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with this
         torch.use_deterministic_algorithms(config.deterministic)
-        self.model = Transformer(config.model, seed=config.seed, end_of_text=shards.eos_id)
+        self.model = build(config.model, seed=config.seed, end_of_text=shards.eos_id)
         self.num_parameters = assert_parameters(self.model)
         self.network = make_network(self.model, config, self.ranks)
         self.optimizers = self.network.optimizers
@@ -159,7 +162,7 @@ class Trainer:
         self.progress = replace(
             self.progress, step=self.progress.step + 1, consumed=self.progress.consumed + self.config.data.batch
         )
-        return StepResult(self.network.total(losses), grad_norm, self.config.optim.lr * share)
+        return StepResult(self.network.total(losses), grad_norm, self.config.optim.lr * share, balance(self.model))
 
     def record(self, results: list[tuple[int, StepResult]], seconds: float) -> None:
         """Write the metrics of steps that took ``seconds`` each; ``Diverged`` at the first that is not finite."""
@@ -170,9 +173,10 @@ class Trainer:
             self._require_finite("the gradient norm", grad_norm, step)
             self.rates.append(rate)
             self.seconds += seconds
+            load = {} if result.expert_load is None else {"expert_load": result.expert_load.mean().item()}
             self.metrics.write(
                 "train", step, loss=loss, grad_norm=grad_norm, lr=result.lr,
-                tokens=step * self.tokens_per_step, step_seconds=seconds, tokens_per_second=rate, mfu=self.mfu(rate),
+                tokens=step * self.tokens_per_step, step_seconds=seconds, tokens_per_second=rate, mfu=self.mfu(rate), **load,
             )  # fmt: skip
 
     def recorder(self) -> Recorder | None:

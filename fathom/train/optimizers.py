@@ -7,6 +7,9 @@
 | vector | norms; the stream's scalars, scales and mixing weights | AdamW | no      |
 | depth  | the stream's queries, key gains and gates   | AdamW           | no      |
 | map    | the stream's linear maps of hidden vectors  | AdamW           | yes     |
+| expert | the experts of a layer, [E, m, n]           | AdamW or Muon, each expert for itself | yes |
+
+Muon takes a parameter as it is stored: gate and up matrices, or the queries of all heads, are orthogonalised as one.
 
 A depth query starts at zero and its size is how decided a read is: decay would pull every read back to a plain mean, and
 orthogonalising a vector would only normalise it. The paper does not say how its queries are trained. Adam moves every
@@ -22,6 +25,7 @@ import torch
 from torch import nn
 
 from fathom.train.config import OptimConfig
+from fathom.train.muon import StackedMuon
 
 DEPTH_LR_TIMES_DIM = 0.128
 
@@ -29,15 +33,17 @@ Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 
 def parameter_groups(*parts: nn.Module) -> Groups:
-    """Every parameter of a model, or of some stages of one, by group name, in the order of ``named_parameters``."""
-    groups: Groups = {"matrix": [], "table": [], "vector": [], "depth": [], "map": []}
-    for name, parameter in (named for part in parts for named in part.named_parameters()):
+    """Every trained parameter of a model, or of some stages, by group name, in the order of ``named_parameters``."""
+    groups: Groups = {"matrix": [], "table": [], "vector": [], "depth": [], "map": [], "expert": []}
+    for name, parameter in (named for part in parts for named in part.named_parameters() if named[1].requires_grad):
         if name.startswith("stream."):
             # residuals/rule.py names parameters by how they train; one in a list is named stream.<name>.<number>.
             kind = name.split(".")[1]
             group = "depth" if kind.endswith(("query", "gain", "gate")) else "map" if kind.endswith("map") else "vector"
         elif name in ("embedding.weight", "head.weight"):
             group = "table"
+        elif ".experts." in name:
+            group = "expert"
         else:
             group = "matrix" if parameter.ndim == 2 else "vector"
         groups[group].append((name, parameter))
@@ -60,14 +66,17 @@ def make_optimizers(model: nn.Module | Sequence[nn.Module], config: OptimConfig)
         muon = torch.optim.Muon(
             groups.pop("matrix"), lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
-        muon.param_groups[0]["peak_lr"] = config.muon_lr
         optimizers.append(muon)
+        if experts := groups.pop("expert"):
+            optimizers.append(StackedMuon(experts, lr=config.muon_lr, weight_decay=config.weight_decay))
+        for group in each_group(optimizers):
+            group["peak_lr"] = config.muon_lr
     adamw = [
         {
             "params": parameters,
             "lr": peak[kind],
             "peak_lr": peak[kind],
-            "weight_decay": config.weight_decay if kind in ("matrix", "table", "map") else 0.0,
+            "weight_decay": config.weight_decay if kind in ("matrix", "table", "map", "expert") else 0.0,
         }
         for kind, parameters in groups.items()
         if parameters

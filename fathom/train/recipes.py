@@ -27,7 +27,35 @@ def debian_50m() -> RunConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {"quick": quick, "debian-50m": debian_50m}
+def kimi_micro() -> RunConfig:
+    """A Kimi Linear of half a million parameters on the text inside the package: a minute or two on a CPU."""
+    from fathom.models import sizes
+
+    return RunConfig(model=sizes.micro(), optim=OptimConfig(lr=1e-2, warmup=20), steps=300)
+
+
+def kimi_nano() -> RunConfig:
+    """A Kimi Linear of 87 M active parameters on the Debian documentation, for one GPU."""
+    from fathom.models import sizes
+
+    return RunConfig(
+        model=sizes.nano(),
+        data=DataConfig(folder="data/debian-docs", batch=32),
+        optim=OptimConfig(optimizer="muon", lr=2e-3, muon_lr=5e-3, warmup=200),
+        steps=3000,
+        eval_every=250,
+        checkpoint_every=1000,
+        precision="bf16",
+        log_every=25,
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "quick": quick,
+    "debian-50m": debian_50m,
+    "kimi-micro": kimi_micro,
+    "kimi-nano": kimi_nano,
+}
 
 RULES = ("prenorm", "block")
 
