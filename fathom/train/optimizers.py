@@ -34,7 +34,7 @@ Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 def parameter_groups(*parts: nn.Module) -> Groups:
     """Every trained parameter of a model, or of some stages, by group name, in the order of ``named_parameters``."""
-    groups: Groups = {"matrix": [], "table": [], "vector": [], "depth": [], "map": [], "expert": []}
+    groups: Groups = {"matrix": [], "table": [], "vector": [], "depth": [], "map": []}
     for name, parameter in (named for part in parts for named in part.named_parameters() if named[1].requires_grad):
         if name.startswith("stream."):
             # residuals/rule.py names parameters by how they train; one in a list is named stream.<name>.<number>.
@@ -46,7 +46,7 @@ def parameter_groups(*parts: nn.Module) -> Groups:
             group = "expert"
         else:
             group = "matrix" if parameter.ndim == 2 else "vector"
-        groups[group].append((name, parameter))
+        groups.setdefault(group, []).append((name, parameter))
     return groups
 
 
@@ -67,7 +67,7 @@ def make_optimizers(model: nn.Module | Sequence[nn.Module], config: OptimConfig)
             groups.pop("matrix"), lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         optimizers.append(muon)
-        if experts := groups.pop("expert"):
+        if experts := groups.pop("expert", []):
             optimizers.append(StackedMuon(experts, lr=config.muon_lr, weight_decay=config.weight_decay))
         for group in each_group(optimizers):
             group["peak_lr"] = config.muon_lr
