@@ -40,33 +40,37 @@ class Answer:
 
     def document(self) -> dict[str, Any]:
         return {
-            "verb": self.verb, "world": self.world, "query": self.query, "query_sha256": digest(plain(self.query)),
+            "verb": self.verb, "world": self.world, "query": self.query, "query_sha256": digest(self.query),
             "result": self.result, "abstain": self.abstain, "inference": self.inference, "assumptions": self.assumptions,
         }  # fmt: skip
 
     @property
     def bytes(self) -> bytes:
         """Canonical JSON: equal for equal questions to equal worlds, whatever was asked before."""
-        return canonical(plain(self.document()))
+        return canonical(self.document())
 
     def __getitem__(self, name: str) -> Any:
         """A value of the result; ``None`` of an abstention."""
         return None if self.result is None else self.result[name]
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON: six digits, and None for what is not finite."""
+EXACT = 17
+"""Digits that a double needs: of questions nothing is rounded, so that two of them are never taken for one."""
+
+
+def plain(value: Any, digits: int = DIGITS) -> Any:
+    """``value`` as JSON: numbers to so many digits, and None for what is not finite."""
     if isinstance(value, dict):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(each, digits) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [plain(each, digits) for each in value]
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return plain(value.tolist(), digits)
     if isinstance(value, bool | np.bool_):
         return bool(value)
     if isinstance(value, int | np.integer):
         return int(value)
     if isinstance(value, float | np.floating):
         number = float(value)
-        return float(f"{number:.{DIGITS}g}") if math.isfinite(number) else None
+        return float(f"{number:.{digits}g}") if math.isfinite(number) else None
     return value

@@ -15,7 +15,7 @@ import numpy as np
 from fathom.errors import UserError
 from fathom.scientist import queries
 from fathom.scientist.adequacy import surprise
-from fathom.scientist.answer import Abstain, Answer, plain
+from fathom.scientist.answer import EXACT, Abstain, Answer, plain
 from fathom.scientist.bounds import cautious, cautious_set, iid, posterior_mean
 from fathom.scientist.build import read
 from fathom.scientist.expression import is_event, parse
@@ -255,7 +255,7 @@ class Scientist:
                             "replicate_gap": fit.report.replicate_gap, "evals": fit.report.evals}
             for fit in posterior.fits
         }  # fmt: skip
-        return Answer(verb, world.hash, plain(query), result, abstain, plain(inference), self._assumptions())
+        return Answer(verb, world.hash, plain(query, EXACT), result, abstain, plain(inference), self._assumptions())
 
     def _assumptions(self) -> list[str]:
         world, rows = self.world, len(self.world.y)

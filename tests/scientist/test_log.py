@@ -4,10 +4,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fathom.errors import UserError
+from fathom.scientist import Scientist, World
 from fathom.scientist.document import canonical
 from fathom.scientist.log import GENESIS, Log, _hash
 from fathom.scientist.merkle import consistency, consistent, included, inclusion, leaf, node, root
@@ -77,6 +79,18 @@ def test_large_numbers_do_not_break_a_log(tmp_path: Path) -> None:
     for number in (5.105362922935909e16, 1e20, 1e21, 1e100, 2.0**53, 10**17, -(10**18)):
         log.append("answer", {"C": number})
     assert log.verify() == 7 and len(Log(log.path).read_on()[0]) == 7
+
+
+def test_questions_are_logged_to_the_last_digit(
+    tmp_path: Path, made: Callable[[Any], World], line: dict[str, Any]
+) -> None:
+    scientist, log = Scientist(made(line)), Log(tmp_path / "log.jsonl")
+    asked = [0.123456789, 0.12345678901234566]
+    for x in asked:
+        log.append_answer(scientist.predict({"x": x}))
+    contents = [record["content"] for record in log.read_on()[0]]
+    assert [each["query"]["design"]["x"] for each in contents] == asked
+    assert contents[0]["query_sha256"] != contents[1]["query_sha256"]
 
 
 def test_a_log_verifies_and_proves(tmp_path: Path) -> None:
