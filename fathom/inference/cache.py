@@ -55,6 +55,13 @@ class KVCache:
         """Bytes of the keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
+    def window(
+        self, first: int, positions: Int[Tensor, "B T"], start: int | None, end: int, documents: bool,
+        lengths: Int[Tensor, " B"] | None = None,
+    ) -> "Window":  # fmt: skip
+        """What one forward pass sees. What pads a row is masked, so ``lengths`` do not matter here."""
+        return Window(self, first, positions, start, end, documents)
+
     def clear(self) -> None:
         """Forget everything. Stale numbers are harmless, NaN is not: a masked one still spoils its row."""
         for tensor in (self.keys, self.values, self.documents):

@@ -22,10 +22,13 @@ from fathom.errors import UserError
 from fathom.full import FullAttnRes
 from fathom.inference.cache import KVCache, Window
 from fathom.inference.graphs import DecodeGraphs
+from fathom.inference.kimi import KimiCache
 from fathom.inference.load import check_tokenizer, load_run
 from fathom.inference.prenorm import FusedPreNorm
 from fathom.inference.sharded import Shards, shard
+from fathom.models.kimi_config import KimiConfig
 from fathom.models.layers import Attention, Context, RMSNorm
+from fathom.models.moe import Experts
 from fathom.models.transformer import Observe, Transformer
 from fathom.stream import PreNorm
 
@@ -78,9 +81,10 @@ class Engine:
         prepare(model, self.dtype)
         self.shards = shards
         if shards is not None:
+            if isinstance(config, KimiConfig):
+                raise UserError("Kimi Linear is served by one rank: leave shards out")
             shard(model, shards)
-        attention = next(module for module in model.modules() if isinstance(module, Attention))
-        self.cache = KVCache(config, slots, capacity, dtype=self.dtype, device=self.device, kv_heads=attention.kv_heads)
+        self.cache = self._make_cache()
         self.lengths = [0] * slots
         """Tokens that each slot holds."""
         self.turn = 0
@@ -94,6 +98,14 @@ class Engine:
         """The engine of a run folder or a checkpoint; ``settings`` are those of ``Engine``."""
         model, tokenizer = load_run(Path(path), torch.device(device), step=step)
         return cls(model, tokenizer, **settings)
+
+    def _make_cache(self) -> KVCache | KimiCache:
+        if isinstance(self.config, KimiConfig):
+            return KimiCache(self.config, self.slots, self.capacity, dtype=self.dtype, device=self.device)
+        attention = next(module for module in self.model.modules() if isinstance(module, Attention))
+        return KVCache(
+            self.config, self.slots, self.capacity, dtype=self.dtype, device=self.device, kv_heads=attention.kv_heads
+        )
 
     def reset(self) -> None:
         """Empty every slot."""
@@ -134,14 +146,16 @@ class Engine:
         checked = [self.check_prompt(prompt, f"prompt {index}") for index, prompt in enumerate(prompts)]
         lengths = [len(prompt) for prompt in checked]
         padded = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in checked], device=self.device)
+        ragged = torch.tensor(lengths, device=self.device) if min(lengths) < max(lengths) else None
         last: list[Tensor] = [padded] * len(checked)
         for start in range(0, max(lengths), self.chunk):
             tokens = padded[:, start : start + self.chunk]
             positions = torch.arange(start, start + tokens.shape[1], device=self.device).expand_as(tokens)
-            window = Window(self.cache, first, positions, start, start + tokens.shape[1], self.config.document_mask)
+            end = start + tokens.shape[1]
+            window = self.cache.window(first, positions, start, end, self.config.document_mask, ragged)
             hidden = self.forward(tokens, window, observe)
             for row, length in enumerate(lengths):
-                if start < length <= start + tokens.shape[1]:
+                if start < length <= end:
                     last[row] = hidden[row, length - 1 - start]
         self.lengths[first : first + len(lengths)] = lengths
         return self.logits(torch.stack(last))
@@ -176,7 +190,7 @@ class Engine:
 
     def step(self, tokens: Tensor, positions: Tensor, end: int) -> Float[Tensor, "B V"]:
         """``decode`` on tensors [B, 1] alone, as a CUDA graph captures it; no row is at ``end`` or beyond."""
-        window = Window(self.cache, 0, positions, None, end, self.config.document_mask)
+        window = self.cache.window(0, positions, None, end, self.config.document_mask)
         return self.logits(self.forward(tokens, window)[:, -1])
 
     @torch.inference_mode()
@@ -228,5 +242,5 @@ def _sublayer_modules(model: Transformer) -> Iterator[nn.Module]:
     return (
         module
         for module in model.modules()
-        if module not in own and isinstance(module, nn.Linear | nn.Embedding | RMSNorm)
+        if module not in own and isinstance(module, nn.Linear | nn.Embedding | RMSNorm | Experts)
     )

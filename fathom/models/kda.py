@@ -265,7 +265,7 @@ class KDA(nn.Module):
         )
         if window is not None:
             assert state is not None
-            window.remember(self.layer, Memory(torch.cat((before.to(projected.dtype), projected), dim=1), state))
+            window.remember(self.layer, torch.cat((before.to(projected.dtype), projected), dim=1), state)
         gate = rearrange(self.gate(x), "B T (H K) -> B T H K", H=self.num_heads)
         return self.out(rearrange(self.head_norm(output) * torch.sigmoid(gate), "B T H K -> B T (H K)"))
 

@@ -1,5 +1,6 @@
 """Against the ``kimi_linear`` classes of Transformers, which know nothing of AttnRes."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from fathom.errors import UserError  # noqa: E402
 from fathom.hf.kimi import config_from_release, load_release, release_config, to_release  # noqa: E402
+from fathom.inference.engine import Engine  # noqa: E402
 from fathom.models.config import ResidualConfig  # noqa: E402
 from fathom.models.kimi_config import KimiConfig  # noqa: E402
 from fathom.models.kimi_linear import build  # noqa: E402
@@ -67,6 +69,21 @@ def test_logits_and_gradients_are_those_of_transformers(theirs, ours, tmp_path: 
         if parameter.requires_grad:
             assert (parameter.grad - gradient).abs().max() < 1e-4 * max(1, gradient.abs().max()), name
     theirs.zero_grad()
+
+
+def test_decode_is_that_of_transformers_cache(theirs, ours):
+    """A prompt in two pieces, then token by token, each library with its own cache."""
+    tokens = torch.randint(43, (2, 76), generator=torch.Generator().manual_seed(2))
+    engine = Engine(copy.deepcopy(ours), slots=2, chunk=40)
+    with torch.no_grad():
+        first = theirs(tokens[:, :40], use_cache=True)
+        second = theirs(tokens[:, 40:70], past_key_values=first.past_key_values, use_cache=True)
+        found = engine.prefill(tokens[:, :70].tolist())
+        assert (found - second.logits[:, -1]).abs().max() < 1e-4
+        for at in range(70, 76):
+            step = theirs(tokens[:, at : at + 1], past_key_values=second.past_key_values, use_cache=True)
+            found = engine.decode(tokens[:, at].tolist())
+            assert (found - step.logits[:, -1]).abs().max() < 1e-4
 
 
 def test_released_tensors_go_out_as_they_came(theirs, ours, tmp_path: Path):
