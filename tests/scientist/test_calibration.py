@@ -55,7 +55,7 @@ def test_reliability_tells_right_from_overconfident_probabilities() -> None:
     random = np.random.default_rng(1)
     p = random.random(600)
     y = random.random(600) < p
-    right, sure = reliability(p, y), reliability(np.clip(1.6 * (p - 0.5) + 0.5, 0, 1), y)
+    right, sure = (reliability(each, y, 150) for each in (p, np.clip(1.6 * (p - 0.5) + 0.5, 0, 1)))
     assert right.reliable and not sure.reliable
     assert right.brier == pytest.approx(right.miscalibration - right.discrimination + right.uncertainty)
 

@@ -78,7 +78,7 @@ def test_a_world_grows_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     world = read(tmp_path / "world.yaml")
     assert "all 12 theories" in capsys.readouterr().out and len(world.theories) == 13
     (tmp_path / "large.yaml").write_text(yaml.safe_dump(runs(4, drift=0.01)))  # 648
-    assert main(["world", "grow", str(tmp_path / "large.yaml"), str(tmp_path / "few.yaml"), "--steps", "150"]) == 0
+    assert main(["world", "grow", str(tmp_path / "large.yaml"), str(tmp_path / "few.yaml"), "--steps", "60"]) == 0
     few = Scientist(read(tmp_path / "few.yaml"))
     assert "of 648 theories" in capsys.readouterr().out
     rows = few.theories()["theories"]
