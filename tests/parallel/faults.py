@@ -12,6 +12,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from fathom import cli, sealed
+from fathom.parallel import checkpoint
 from fathom.parallel.pipeline import CachedStage
 from fathom.train.ranks import PipelinedNetwork
 
@@ -20,7 +21,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "mid-hop": (CachedStage, "get_bwd_send_ops", 30),
     "mid-save": (FileSystemWriter, "write_data", 2),
     "before-the-seal": (sealed, "_flush", 8),
-    "full-disk": (PipelinedNetwork, "save", 2),
+    "full-disk": (checkpoint, "Saving", 2),
 }
 """Which call of what the accident comes before: in step 8, or in the save after step 6, which waited for that after step 3."""
 

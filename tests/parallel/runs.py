@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ LAYOUTS = {
     },
 }
 """By world size. Each trains from the start, and goes on from the middle of a run on other processes."""
+ROUGH = {
+    "pp2-bf16": {"precision": "bf16", "parallel": ParallelConfig(pp=2, virtual=2)},
+    "dp2-bf16-compiled": {"precision": "bf16", "compile": "layers", "parallel": ParallelConfig(dp=2)},
+}
+"""What two processes train as well, in float32, for the steps of the warm-up."""
 ORIGIN = "pp2-v2-dp2"
 BEFORE = {
     "pp2-v2-dp2": "alone",
@@ -66,8 +72,11 @@ def in_float64(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         torch.set_default_dtype(before)
 
 
-def train_all(world: int, rank: int, folder: Path) -> None:
-    """On every rank of a world: train ``folder/<layout>``, and go on with ``folder/<layout>-from-<another>``."""
+def train_all(world: int, rank: int, folder: Path) -> int:
+    """On every rank of a world: train ``folder/<layout>``, and go on with ``folder/<layout>-from-<another>``.
+
+    Returns how many graphs were compiled, by a backend that needs no compiler.
+    """
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
 
     def once(work: Callable[[], Any]) -> None:
@@ -81,3 +90,8 @@ def train_all(world: int, rank: int, folder: Path) -> None:
         run = folder / f"{name}-from-{BEFORE[name]}"
         once(lambda name=name, run=run: cut_short(folder / BEFORE[name], run))
         in_float64(lambda run=run, parallel=parallel: loop.resume(run, parallel))
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
+    for name, changes in ROUGH.items() if world == 2 else ():
+        short = replace(config(folder / "corpus"), steps=2, eval_sequences=2, **changes)
+        loop.train(short, folder / name)
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -18,7 +18,7 @@ from fathom.train import loop
 from fathom.train.checkpoint import checkpoints, newest
 from fathom.train.loop import Trainer
 from tests.parallel.conftest import Ranks
-from tests.parallel.runs import BEFORE, MIDDLE, ORIGIN, STEPS, config, cut_short, in_float64
+from tests.parallel.runs import BEFORE, MIDDLE, ORIGIN, ROUGH, STEPS, config, cut_short, in_float64
 
 pytestmark = pytest.mark.dist
 RUNS = [*BEFORE, *(f"{name}-from-{other}" for name, other in BEFORE.items())]
@@ -60,6 +60,15 @@ def test_equals_one_process(name: str, folder: Path, world2: Ranks) -> None:
     assert [path.name for path in checkpoints(folder / name)] == [f"step-{step:06d}" for step in (MIDDLE, STEPS)]
     summaries = [json.loads((folder / run / "summary.json").read_text()) for run in (name, "alone")]
     assert summaries[0]["parameters"] == summaries[1]["parameters"]
+
+
+@pytest.mark.parametrize("name", ROUGH)
+def test_bf16_and_compiled_sublayers(name: str, folder: Path, world2: Ranks) -> None:
+    assert all(rank["compiled graphs"] > 0 for rank in world2)
+    found, expected = ([row for row in numbers(folder / run) if row["kind"] == "train"] for run in (name, "alone"))
+    assert len(found) == 2
+    for row, other in zip(found, expected, strict=False):
+        assert row["loss"] == pytest.approx(other["loss"], rel=2e-3), f"loss of step {row['step']}"
 
 
 def test_one_process_goes_on_with_what_several_saved(folder: Path, world4: Ranks, tmp_path: Path) -> None:
