@@ -62,13 +62,14 @@ def serve() -> Function:
             host: The address to listen on; keys go over the wire, so put TLS in front of any other than this machine's.
             port: The port to listen on.
         """
-        from fathom.scientist.server import serve
+        from fathom.scientist.server import application, serve
 
         with _service(world, log, keys, harm, threshold, delta, release_key, sign, heldout) as service:
+            app = application(service)
             print(
                 f"http://{host}:{port}/v1/query about world {service.world.hash[:12]}, {service.health().document['status']}"
             )
-            serve(service, host, port)
+            serve(app, host, port)
 
     return run
 

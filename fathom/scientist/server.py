@@ -10,6 +10,7 @@ Nothing adds evidence, theories or files, or takes an address to call back. A `S
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 from fathom.errors import UserError
@@ -106,12 +107,21 @@ def application(service: Service) -> Any:
     ])  # fmt: skip
 
 
-def serve(service: Service, host: str, port: int) -> None:
-    """Serve until interrupted."""
-    app = application(service)
+def serve(app: Any, host: str, port: int) -> None:
+    """Serve an application until interrupted.
+
+    Raises:
+        UserError: the address cannot be listened on.
+    """
     import uvicorn
 
-    uvicorn.run(
-        app, host=host, port=port, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off",
-        limit_concurrency=64, timeout_keep_alive=5, h11_max_incomplete_event_size=16_384,
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off", limit_concurrency=64,
+        timeout_keep_alive=5, h11_max_incomplete_event_size=16_384,
     )  # fmt: skip
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        raise UserError(f"{host}:{port} cannot be listened on: {error.strerror or error}") from None
+    with listening:
+        uvicorn.Server(config).run(sockets=[listening])

@@ -69,11 +69,11 @@ class Service:
             policy, none is released.
         release_key: The public key (32 bytes) of the person whose releases from quarantine count.
         signing_key: The private key (32 bytes) that signs checkpoints.
-        heldout: Rows that the world has not seen, to watch calibration by.
+        heldout: Up to 100 rows that the world has not seen, to watch calibration by.
         band: Replies take this many seconds, or twice, four times .. as many.
 
     Raises:
-        UserError: the log is broken, or cannot be written.
+        UserError: the log is broken or cannot be written, or the held-out rows are none of this world.
     """
 
     def __init__(
@@ -248,6 +248,8 @@ class Service:
         if not self.heldout:
             return 0.0
         outcome = self.instrument.ask(SERVED, "score", {"rows": self.heldout})
+        if outcome.wrong is not None:
+            raise UserError(f"the held-out rows cannot be scored: {outcome.wrong}")
         if outcome.answer is None:
             return math.inf
         return 0.0 if outcome.answer["result"] is None else float(outcome.answer["result"]["e_value"])

@@ -59,7 +59,7 @@ AROUND = {
     "triggers.py": {"datetime"},
     "log.py": {"datetime", "fcntl", "os"},
     "signing.py": {"cryptography"},
-    "server.py": {"asyncio", "starlette", "uvicorn"},
+    "server.py": {"asyncio", "socket", "starlette", "uvicorn"},
     "mcp.py": {"anyio", "mcp", "mcp_types"},
     "plot.py": {"matplotlib"},
     "gflownet.py": {"torch"},

@@ -27,6 +27,7 @@ from fathom.scientist.containment import Instrument
 from fathom.scientist.document import canonical
 from fathom.scientist.log import GENESIS, Entry, Log, _hash
 from fathom.scientist.server import application
+from fathom.scientist.server import serve as serve_http
 from fathom.scientist.service import SERVED, Policy, Service
 from fathom.scientist.signing import public_of, release
 from fathom.scientist.verbs import VERBS
@@ -101,6 +102,11 @@ def test_the_interface_holds_under_schemathesis(serve: Serve) -> None:
 
             call()
     assert not any(status >= 500 for status in seen) and seen[200] > 5 and seen[400] > 5, seen
+
+
+def test_an_address_in_use_is_one_line(shared: Served) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot be listened on"):
+        serve_http(application(shared.service), "127.0.0.1", taken.getsockname()[1])
 
 
 def test_questions_over_mcp(shared: Served) -> None:
@@ -267,6 +273,8 @@ def test_held_out_rows_that_are_nowhere_near_are_an_alarm(serve: Serve, line: Do
     bad = [{**row, "y": row["y"] + 3 * (-1) ** i} for i, row in enumerate(good)]
     served = serve(line, heldout=bad)
     assert served.records("quarantine")[0]["content"]["reason"] == "calibration"
+    with pytest.raises(UserError, match="held-out rows cannot be scored"):
+        serve(line, heldout=[{"z": 1.0, "y": 1.0}])
 
 
 def test_recommendations_pass_a_second_process_or_nobody(serve: Serve, line: Document) -> None:
