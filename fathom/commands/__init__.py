@@ -6,7 +6,22 @@ people or, with `--json`, as one JSON value; all else goes to standard error.
 
 from collections.abc import Callable
 
-from fathom.commands import ask, data, evidence, grow, hf, instrument, lab, log, measure, mixing, probe, runs, sample, sweep
+from fathom.commands import (
+    ask,
+    data,
+    evidence,
+    grow,
+    hf,
+    instrument,
+    lab,
+    log,
+    measure,
+    mixing,
+    probe,
+    runs,
+    sample,
+    sweep,
+)
 from fathom.commands.output import Function
 from fathom.commands.sizes import sizes
 
