@@ -20,8 +20,10 @@ from transformers.initialization import no_init_weights
 from fathom.errors import UserError
 from fathom.hf.card import export_card
 from fathom.hf.config import FathomConfig
+from fathom.hf.kimi import write_release
 from fathom.hf.modeling import FathomForCausalLM
 from fathom.inference.load import load_run
+from fathom.models.kimi_config import KimiConfig
 from fathom.models.transformer import Transformer
 
 
@@ -74,9 +76,16 @@ def tokenizer_for(tokenizer: Tokenizer, end_of_text: int | None, context: int) -
 def export(run: Path, out: Path, *, step: int | None = None) -> Path:
     """Write the newest checkpoint of ``run`` (or that of ``step``) as a model folder and return ``out``.
 
+    A Kimi Linear run is written in its released form (kimi.py).
+
     Raises ``UserError`` as ``load_run`` does, or if ``out`` holds something already; nothing half-written stays.
     """
     model, tokenizer = load_run(run, torch.device("cpu"), step=step)
+    if isinstance(model.config, KimiConfig):
+        with new_folder(out) as folder:
+            write_release(model, folder)
+            tokenizer_for(tokenizer, model.end_of_text, model.config.context).save_pretrained(folder)
+        return out
     exported = from_native(model)
     exported.config.architectures = [type(exported).__name__]
     exported.config.pad_token_id = exported.generation_config.pad_token_id = model.end_of_text

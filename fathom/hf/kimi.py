@@ -5,10 +5,13 @@ released tensor is a part of a parameter here: convolution taps of queries, keys
 matrices are one, and all experts of a layer are one.
 """
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fathom.block import BlockAttnRes
@@ -149,6 +152,17 @@ def load_release(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
         left -= reads
     if left:
         raise UserError(f"{min(left)} is no weight of this model")
+
+
+def write_release(model: Transformer, folder: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` of ``model`` as they are released.
+
+    Transformers' ``KimiLinearForCausalLM`` opens a PreNorm model; it does not know the reads of AttnRes, named as Kimi K3's.
+    """
+    assert isinstance(model.config, KimiConfig)
+    values = release_config(model.config) | {"eos_token_id": model.end_of_text, "pad_token_id": model.end_of_text}
+    save_file(to_release(model), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 _SAME = {

@@ -10,10 +10,10 @@ import torch
 transformers = pytest.importorskip("transformers")
 kimi = pytest.importorskip("transformers.models.kimi_linear")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from fathom.errors import UserError  # noqa: E402
-from fathom.hf.kimi import config_from_release, load_release, release_config, to_release  # noqa: E402
+from fathom.hf.kimi import config_from_release, load_release, release_config, to_release, write_release  # noqa: E402
 from fathom.inference.engine import Engine  # noqa: E402
 from fathom.models.config import ResidualConfig  # noqa: E402
 from fathom.models.kimi_config import KimiConfig  # noqa: E402
@@ -93,8 +93,7 @@ def test_released_tensors_go_out_as_they_came(theirs, ours, tmp_path: Path):
         assert torch.equal(found[name], tensor), name
     folder = tmp_path / "ours"
     folder.mkdir()
-    save_file(found, folder / "model.safetensors")
-    theirs.config.save_pretrained(folder)
+    write_release(ours, folder)
     again = kimi.KimiLinearForCausalLM.from_pretrained(folder)
     for (name, a), b in zip(theirs.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
