@@ -34,6 +34,7 @@ def _service(
     from fathom.scientist.budget import read_keys
     from fathom.scientist.containment import Instrument
     from fathom.scientist.document import read_table
+    from fathom.scientist.fingerprint import disturbed
     from fathom.scientist.service import SERVED, Policy, Service
 
     given = [harm, threshold, delta]
@@ -42,7 +43,8 @@ def _service(
     policy = None if harm is None or threshold is None or delta is None else Policy(harm, threshold, delta)
     frozen, allowed = read(world), read_keys(keys)
     rows = None if heldout is None else read_table(heldout.read_bytes(), heldout.name)
-    with Instrument({SERVED: frozen.document}) as first, Instrument({SERVED: frozen.document}) as second:
+    other = disturbed(frozen.document)
+    with Instrument({SERVED: frozen.document}) as first, Instrument({SERVED: other}) as second:
         yield Service(
             frozen, log, allowed, instrument=first, second=second, policy=policy,
             release_key=None if release_key is None else read_key(release_key),

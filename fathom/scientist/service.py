@@ -65,8 +65,8 @@ class Service:
     """One world, asked by several keys.
 
     Args:
-        second: A second process with the same world. It repeats each recommendation and guards it; without it, or without a
-            policy, none is released.
+        second: A second process with the same world, but for its free text (``fingerprint.disturbed``). It repeats each
+            recommendation and guards it; without it, or without a policy, none is released.
         release_key: The public key (32 bytes) of the person whose releases from quarantine count.
         signing_key: The private key (32 bytes) that signs checkpoints.
         heldout: Up to 100 rows that the world has not seen, to watch calibration by.
@@ -167,12 +167,16 @@ class Service:
         return _refusal(reason, detail)
 
     def _guarded(self, document: Values, arguments: Values) -> Values:
-        """A recommendation as a second process sees it: the same bytes, and each run held against the policy."""
+        """A recommendation as a second process sees it: the same bytes, its world's hash apart, and each run held against
+        the policy."""
         assert self.second is not None and self.policy is not None
         again = self.second.ask(SERVED, "recommend", arguments)
         if again.failed:
             raise Refused("gone", "the guard's process gives no answer, so nothing is recommended")
-        if again.answer is None or canonical(again.answer) != canonical(document):
+        same = again.answer is not None and canonical({**again.answer, "world": ""}) == canonical(
+            {**document, "world": ""}
+        )
+        if not same:
             self._quarantine("all", "disagreement", "two processes answered one question differently")
             raise Refused("quarantined", "disagreement of two instances; a person has to release it")
         decisions: dict[str, str] = {}

@@ -107,7 +107,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 
     def process(world: World, number: int) -> Instrument:
         if (world.hash, number) not in instruments:
-            instruments[world.hash, number] = Instrument({SERVED: world.document})
+            document = fingerprint.disturbed(world.document) if number else world.document
+            instruments[world.hash, number] = Instrument({SERVED: document})
         return instruments[world.hash, number]
 
     def start(
