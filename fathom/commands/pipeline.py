@@ -16,13 +16,13 @@ def show_pipeline(
 ) -> None:
     """Print the split, every hop's bytes, simulated times, and what recomputation leaves of the activations.
 
-    Up to ``MOST_RANKS`` ranks the bytes are counted in gloo processes.
+    The bytes of small steps on few ranks are counted in gloo processes.
     """
     from fathom.parallel import simulate
     from fathom.parallel.config import check_micro_batches
     from fathom.parallel.footprint import footprints
     from fathom.parallel.plan import describe, make_plan
-    from fathom.parallel.traffic import MOST_RANKS, table
+    from fathom.parallel.traffic import countable, table
 
     if ranks < 2:
         raise UserError(f"--ranks is {ranks}: a pipeline needs at least two")
@@ -30,9 +30,8 @@ def show_pipeline(
     model, batch = options.model, options.batch
     given = simulate.Speeds() if speeds is None else from_dict(simulate.Speeds, read_json(speeds), str(speeds))
     plan = make_plan(model, ranks, virtual)
-    found = table(
-        model, ranks, virtual, num_micro_batches=micro_batches, micro_batch=batch, run=ranks <= MOST_RANKS
-    )  # fmt: skip
+    counted = countable(model, ranks, micro_batches * batch * model.context)
+    found = table(model, ranks, virtual, num_micro_batches=micro_batches, micro_batch=batch, run=counted)
     times = simulate.table(
         model, ranks, virtual, micro_batches_per_rank=max(1, micro_batches // ranks), micro_batch=batch, speeds=given
     )
@@ -41,12 +40,12 @@ def show_pipeline(
         print_json({**found, "simulated": {"speeds": vars(given), "rows": times}, "activations": kept})
         return
     print(columns(describe(plan, model)) + "\n")
-    _print_hops(found, batch, model.context, micro_batches, MOST_RANKS)
+    _print_hops(found, batch, model.context, micro_batches)
     _print_times(times, given.source)
     _print_activations(kept, batch, model.context)
 
 
-def _print_hops(found: dict[str, Any], batch: int, context: int, micro_batches: int, most: int) -> None:
+def _print_hops(found: dict[str, Any], batch: int, context: int, micro_batches: int) -> None:
     rows = [["hop", "ranks", *ARMS]]
     for hop in found["hops"]:
         rows.append([
@@ -55,10 +54,12 @@ def _print_hops(found: dict[str, Any], batch: int, context: int, micro_batches: 
     rows.append(["largest", "", *(f"{max(hop[arm] for hop in found['hops']):,}" for arm in ARMS)])
     rows.append(["step", "", *(f"{found['step'][arm]:,}" for arm in ARMS)])
     print(columns(rows) + "\n")
-    counted = "counted from what gloo processes sent"
+    how = (
+        "counted from what gloo processes sent" if found["counted"] else "computed: too large to start processes for it"
+    )
     print(
         f"bytes of one micro-batch of {batch} x {context} in float32, one way; step: {micro_batches} micro-batches, "
-        f"both ways; {counted if found['counted'] else f'computed: above {most} ranks none is started'}\n"
+        f"both ways; {how}\n"
     )
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
+from fathom.models.accounting import flops_per_token
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
 from fathom.parallel.pipeline import Pipeline
@@ -18,6 +19,8 @@ from fathom.parallel.plan import Plan, make_plan
 
 MOST_RANKS = 8
 """More processes than this are not started: a table for them is computed."""
+MOST_FLOPS = 1e12
+"""Nor are processes for steps of more arithmetic: the bytes do not depend on who multiplies."""
 TIMEOUT = datetime.timedelta(seconds=120)
 
 Sent = dict[tuple[int, str], int]
@@ -32,6 +35,12 @@ def formula(plan: Plan, tensor_bytes: int, num_micro_batches: int) -> Sent:
         for stage in range(1, plan.num_stages)
         for way in ("forward", "backward")
     }
+
+
+def countable(config: ModelConfig, num_ranks: int, tokens: int) -> bool:
+    """Whether processes are started for steps of ``tokens`` tokens."""
+    flops = 3 * sum(flops_per_token(config, config.context).values()) * tokens
+    return num_ranks <= MOST_RANKS and flops <= MOST_FLOPS
 
 
 def count(arms: Mapping[str, Arm], num_micro_batches: int, micro_batch: int) -> dict[str, Sent]:

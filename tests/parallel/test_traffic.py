@@ -24,7 +24,7 @@ def test_computed_for_many_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(hop["cached"] < hop["naive"] for hop in found["hops"][8:])
     assert main(command) == 0
     page = capsys.readouterr().out
-    assert "none is started" in page and f"{found['step']['cached']:,}" in page
+    assert "too large to start processes for it" in page and f"{found['step']['cached']:,}" in page
 
 
 @pytest.mark.dist
