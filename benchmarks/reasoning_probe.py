@@ -2,7 +2,8 @@
 
     python benchmarks/reasoning_probe.py OUT [--tasks hops arithmetic] [--seeds 3]
 
-trains what OUT/runs does not hold yet, one process and one thread, and writes OUT/result.json; ``--summarize`` only writes it.
+trains what OUT/runs does not hold yet, one process and one thread, and writes OUT/result.json and accuracy.svg;
+``--summarize`` only writes them.
 """
 
 import argparse
@@ -13,8 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 
+from fathom.lab.figures import _STYLE, COLOURS, MARKERS, svg
 from fathom.lab.intervals import paired
 from fathom.lab.probe import ProbeConfig, train_probe
 from fathom.lab.probe_tasks import TaskConfig
@@ -26,7 +30,7 @@ DEPTHS = (2, 6)
 TASKS = {
     "hops": ProbeConfig(task=TaskConfig("hops", size=8, hops=4, questions=16), steps=1000, device="cpu"),
     "arithmetic": ProbeConfig(
-        task=TaskConfig("arithmetic", size=6, hops=4, questions=4), batch=128, steps=1500,
+        task=TaskConfig("arithmetic", size=5, hops=4, questions=4), batch=128, steps=400,
         optim=OptimConfig(lr=6e-3), device="cpu",
     ),
 }  # fmt: skip
@@ -73,6 +77,35 @@ def _row(case: str, arm: str, metric: str, mean: Any, least: float, most: float)
     }  # fmt: skip
 
 
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    """Accuracy by number of steps with the intervals of the means, a panel a task."""
+    tasks = [task for task in TASKS if any(row["case"].startswith(task) for row in rows)]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6 * len(tasks), 3.2), layout="constrained")
+        for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+            for layers in DEPTHS:
+                for rule in RULES:
+                    found = [
+                        row for row in rows
+                        if (row["case"], row["arm"]) == (f"{task}-l{layers}", rule) and row["metric"].startswith("accuracy")
+                    ]  # fmt: skip
+                    steps, means = range(1, len(found) + 1), [row["median"] for row in found]
+                    label = f"{rule}, {layers} layers"
+                    dash = "-" if layers == max(DEPTHS) else (0, (4, 1.5))
+                    axes.plot(
+                        steps, means, color=COLOURS[rule], marker=MARKERS[rule], ms=4, linestyle=dash, label=label
+                    )
+                    low, high = [row["low"] for row in found], [row["high"] for row in found]
+                    axes.fill_between(steps, low, high, color=COLOURS[rule], alpha=0.15, lw=0)
+            axes.axhline(1 / TASKS[task].task.num_answers, color="#7a7a7a", lw=0.8, linestyle=":")
+            axes.set_title(f"{task}: right answers")
+            axes.set_xlabel("steps that a question needs (dotted: guessing)")
+            axes.set_xticks(range(1, TASKS[task].task.hops + 1))
+            axes.set_ylim(0, 1.03)
+        figure.axes[0].legend()
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -95,6 +128,7 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, **measure(options.out),
     }  # fmt: skip
     (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / "accuracy.svg").write_text(svg(picture(result["rows"])))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Tasks of a set depth: a question needs as many steps, one after another, as its difficulty says.
 
 hops         facts "a leads to f(a)", in any order, f one cycle through all nodes; the question (x, k) asks for f^k(x)
-arithmetic   facts "root is r" and "v is u + d" or "v is u * d" modulo p, in any order, a chain through all variables;
-             the question x asks for x's value, and its difficulty is the number of operations above it
+arithmetic   facts "root is r" and "v is u + d" or "v is u * d" modulo p, a chain through all variables in its order;
+             the question x asks for x's value, and its difficulty is the number of facts that it takes, the root's being one
 
-A fact is one token and so is a question, so that nothing is tested but following facts: one attention layer finds the fact of
-a node it holds. A layer can also double what a fact says (f^2 from f), so depth h reaches at most 2^h - 1 hops; what a network
-does reach, the probe measures. On one cycle of n nodes f^k is no shorter than k hops forward or n - k back.
+A fact is one token and so is a question, so that nothing is tested but following facts: one attention layer finds the fact of a
+node it holds. A layer can also double what a fact says (f^2 from f), so depth h reaches at most 2^h - 1 hops; what a network does
+reach, the probe measures. On one cycle of n nodes f^k is no shorter than k hops forward or n - k back.
 
 All questions of a sequence follow its facts and are answered where they stand; answers are the first ``num_answers`` logits.
 reasoning-gym (0.1.25) has no such pair of tasks with an exact number of steps: its nearest, path_star and chain_sum, are texts
@@ -23,7 +23,7 @@ from torch import Tensor
 from fathom.errors import UserError
 
 MODULUS = 5
-OPERATIONS = [("add", d) for d in range(1, MODULUS)] + [("multiply", d) for d in range(2, MODULUS)]
+OPERATIONS = [("add", 1), ("add", 2), ("multiply", 2)]
 
 
 class Sample(NamedTuple):
@@ -113,7 +113,7 @@ def _arithmetic(task: TaskConfig, count: int, generator: torch.Generator) -> Sam
         values.append(value % MODULUS)
     root = chain[:, :1] * MODULUS + values[0][:, None]
     rest = n * MODULUS + (chain[:, 1:] * n + chain[:, :-1]) * kinds + chosen
-    facts = _shuffle(torch.cat([root, rest], 1), generator)
-    places = _shuffle(torch.arange(1, task.hops + 1).expand(count, task.hops), generator)[:, : task.num_questions]
+    facts = torch.cat([root, rest], 1)
+    places = _shuffle(torch.arange(task.hops).expand(count, task.hops), generator)[:, : task.num_questions]
     questions = n * MODULUS + n * n * kinds + chain.gather(1, places)
-    return Sample(torch.cat([facts, questions], 1), torch.stack(values, 1).gather(1, places), places)
+    return Sample(torch.cat([facts, questions], 1), torch.stack(values, 1).gather(1, places), places + 1)

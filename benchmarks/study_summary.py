@@ -1,0 +1,118 @@
+"""Every number and figure of the study, from its committed files alone: ``summarize(RESULTS)`` writes result.json, figures/."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from summarize import row
+
+from fathom.lab import ablations, depth_width, figures_sweep, scaling
+from fathom.lab.figures import svg
+from fathom.lab.figures_paper import figure_4
+from fathom.lab.outcomes import read_outcomes
+from fathom.lab.plan import PLAN, Outcome
+from fathom.lab.report_sweep import Fit
+
+PAPER = {
+    "denseformer": 0.001, "mhc": -0.019, "full": -0.029, "full-input-query": -0.035, "full-static": -0.017,
+    "full-sigmoid": -0.025, "full-no-key-norm": -0.023, "full-window8": -0.002, "block-s4": -0.020,
+    "block-s4-heads": -0.014, "block-s4-no-key-norm": -0.016,
+}  # fmt: skip
+"""Loss minus the baseline's in Table 4 of arXiv 2603.15031 (436 M parameters, one run each), by the lab's names of its rows."""
+
+
+def _gains(found: list[Outcome]) -> list[dict[str, Any]]:
+    """A row for each arm of each case: its loss minus PreNorm's over paired seeds, with the 90 % interval."""
+    rows = []
+    for each in ablations.table(found):
+        rows.append(
+            row(each.case, each.arm, "val_loss", "nats per token", list(each.losses.values()) or [float("nan")])
+        )
+        gap = each.difference
+        if gap is not None:
+            low, high = (gap.mean if end is None else end for end in (gap.low, gap.high))
+            rows.append({
+                "case": each.case, "arm": each.arm, "metric": "minus_prenorm", "unit": "nats per token",
+                "median": gap.mean, "low": low, "high": high, "n": gap.n, "over_prenorm": None,
+            })  # fmt: skip
+    return [each for each in rows if each["median"] == each["median"]]
+
+
+def _laws(found: list[Outcome]) -> tuple[list[dict[str, Any]], Fit | None]:
+    points = scaling.points_of(found, "prenorm")
+    count = len(points["prenorm"].losses)
+    if count < 3:
+        return [], None
+    budget = max(float(each.compute.max()) for each in points.values())
+    rows: list[dict[str, Any]] = []
+    fits = {}
+    for form, irreducible in (("A C^-a", False), ("E + A C^-a", True)):
+        if count < 3 + irreducible:
+            continue
+        fits[irreducible] = scaling.fit_arms(points, baseline="prenorm", budget=budget, irreducible=irreducible)
+        for arm, fitted in fits[irreducible].items():
+            for metric, found_estimate in (("exponent", fitted.exponent), ("compute_multiplier", fitted.multiplier)):
+                if found_estimate is not None and all(map(_finite, (*found_estimate.interval, found_estimate.value))):
+                    low, high = found_estimate.interval
+                    rows.append({
+                        "case": f"L = {form}", "arm": arm, "metric": metric, "unit": "" if metric == "exponent" else "x",
+                        "median": found_estimate.value, "low": min(low, found_estimate.value),
+                        "high": max(high, found_estimate.value), "n": count, "over_prenorm": None,
+                    })  # fmt: skip
+    return rows, Fit(points, fits[False], scaling.bands(points, irreducible=False), budget)
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def _stage(results: Path, name: str) -> list[Outcome]:
+    return read_outcomes([results / name]) if (results / name / PLAN).is_file() else []
+
+
+def summarize(results: Path) -> dict[str, Any]:
+    """Write and return the result of the files in ``results``; a stage that is not there is left out."""
+    figures: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    if found := _stage(results, "rates"):
+        rows += [
+            row(end.planned.case, "prenorm", "val_loss", "nats per token", [end.val_loss])
+            for end in found if end.val_loss is not None
+        ]  # fmt: skip
+    if found := _stage(results, "sizes"):
+        laws, law = _laws(found)
+        rows += [*_gains(found), *laws]
+        if law is not None:
+            figures["scaling"] = figure_4(law)
+    if found := _stage(results, "rows"):
+        rows += [{**each, "case": "rows"} for each in _gains(found)]
+        table = ablations.table(found)
+        notes.append(ablations.luck(table))
+        if any(each.difference for each in table):
+            figures["rows"] = figures_sweep.difference_figure(table, "prenorm", 0.9)
+    if found := _stage(results, "shapes"):
+        maps = depth_width.maps(found)
+        losses = [loss for each in maps for line in each.losses for loss in line if loss is not None]
+        for each in maps:
+            rows += [
+                row(end.planned.case, each.arm, "val_loss", "nats per token", [end.val_loss])
+                for end in found if end.planned.arm == each.arm and end.val_loss is not None
+            ]  # fmt: skip
+            figures[f"shapes-{each.arm}"] = figures_sweep.heat_map(each, min(losses), max(losses))
+    lines = (results / "spent.jsonl").read_text().splitlines() if (results / "spent.jsonl").is_file() else []
+    spent = [json.loads(line) for line in lines]
+    result = {
+        "name": "study", "date": "2026-11-22", "command": "python benchmarks/study.py run OUT",
+        "machine": ", ".join(dict.fromkeys(each["machine"] for each in spent)),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "gpu_seconds": round(sum(each["seconds"] for each in spent), 1), "paper_minus_prenorm": PAPER,
+        "notes": notes, "rows": rows,
+    }  # fmt: skip
+    (results / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (results / "figures").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        (results / "figures" / f"{name}.svg").write_text(svg(figure), encoding="utf-8")
+    return result
