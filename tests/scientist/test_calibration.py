@@ -104,7 +104,9 @@ def test_a_laws_own_past_widens_what_it_says_beyond_its_rows(made: Made) -> None
     rigid, learned = (infer(made(law(**more))).fits[0] for more in ({}, {"beyond": {"budget": "C"}}))
     assert learned.edge is not None and rigid.edge is None
     rates, weights = learned.edge.rates
-    assert float(rates @ weights) > 0.02  # the past of a bending law is worse than laws usually are
+    assert (
+        float(rates @ weights) > 0.033
+    )  # 0.0235 before it is seen: the past of a bending law is worse than laws usually are
     inside, beyond = {"C": 100.0}, {"C": 20_000.0}
 
     def spread(found: Any, design: dict[str, float]) -> float:
