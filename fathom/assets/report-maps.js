@@ -11,8 +11,9 @@ function ink(hex) {
 /** rows: [{head (an element), cells: [number or null], partial: column or -1}]; `paint` gives a value's colour. */
 function mapTable(caption, columns, rows, paint) {
   const wide = columns.length > 12;
+  const every = columns.length > 24 ? 8 : 4;
   const head = make("tr", {}, make("th", { scope: "col" }, "site"));
-  columns.forEach((column, i) => head.append(make("th", { scope: "col", title: column }, make("span", {}, wide && (i % 4 || i === columns.length - 1) ? "" : short(column)), wide && (i % 4 || i === columns.length - 1) ? make("span", { class: "unseen" }, short(column)) : null)));
+  columns.forEach((column, i) => head.append(make("th", { scope: "col", title: column }, make("span", {}, wide && (i % every || i === columns.length - 1) ? "" : short(column)), wide && (i % every || i === columns.length - 1) ? make("span", { class: "unseen" }, short(column)) : null)));
   const body = make("tbody");
   for (const row of rows) {
     const line = make("tr", {}, row.head);
@@ -110,12 +111,13 @@ function readsPanel(box, runs) {
     const [first, second] = order;
     told.textContent = `${site.name === "output" ? "For the output" : `Before ${site.name}`}, ${what()} reads most from ${names[first]} (${mine[first].toFixed(2)})${second === undefined ? "" : `, then ${names[second]} (${mine[second].toFixed(2)})`}; ${(state.token < 0 ? site.effective : effective(mine)).toFixed(1)} effective sources of ${mine.length}.`;
     const bars = make("ol", { class: "bars" });
+    const top = Math.max(...mine, ...site.weights);
     for (const i of order.slice(0, 12)) {
-      const bar = make("span", { class: "bar", style: `width:${(100 * mine[i]).toFixed(1)}%` });
-      const mean = make("span", { class: "mean", style: `left:${(100 * site.weights[i]).toFixed(1)}%`, title: `mean ${site.weights[i].toFixed(3)}` });
+      const bar = make("span", { class: "bar", style: `width:${((100 * mine[i]) / top).toFixed(1)}%` });
+      const mean = make("span", { class: "mean", style: `left:calc(${((100 * site.weights[i]) / top).toFixed(1)}% - 3px)`, title: `mean ${site.weights[i].toFixed(3)}` });
       bars.append(make("li", {}, make("span", { class: "name" }, names[i]), make("span", { class: "track" }, bar, mean), make("span", { class: "amount" }, mine[i].toFixed(3))));
     }
-    detail.replaceChildren(make("h3", {}, `Where ${site.name === "output" ? "the output" : site.name} reads`), told, bars, make("p", { class: "quiet" }, `Bars: ${what()}. Upright marks: the mean of all tokens.${order.length > 12 ? " The 12 largest." : ""}`));
+    detail.replaceChildren(make("h3", {}, `Where ${site.name === "output" ? "the output" : site.name} reads`), told, bars, make("p", { class: "quiet" }, `Bars, from 0 to ${top.toFixed(2)}: ${what()}. Upright marks: the mean of all tokens.${order.length > 12 ? " The 12 largest." : ""}`));
     const sentence = state.run.sentences[state.sentence];
     if (!sentence) return;
     const rows = sentence.tokens.map((token, t) => ({
