@@ -1,5 +1,7 @@
 import importlib.util
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,3 +119,23 @@ def test_a_gpu_without_fla_core_says_which_extra(monkeypatch: pytest.MonkeyPatch
     kda._fla.cache_clear()
     with pytest.raises(UserError, match=r"fathom-attnres\[kimi\]"):
         kda._fla()
+
+
+def test_a_gpu_s_kernel_is_given_documents_as_sequences_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    """The kernel's place is taken by the recurrence, run from cut to cut: what is tested is how it is called."""
+
+    def chunk_kda(q, k, v, g, beta, initial_state=None, output_final_state=False, cu_seqlens=None):
+        if cu_seqlens is None:
+            return recurrent(q, k, v, g, beta, initial_state)
+        parts = [recurrent(*(x[:, a:b] for x in (q, k, v, g, beta)))[0] for a, b in pairwise(cu_seqlens.tolist())]
+        return torch.cat(parts, dim=1), None
+
+    monkeypatch.setattr(kda, "_fla", lambda: SimpleNamespace(chunk_kda=chunk_kda))
+    given = inputs(9, dtype=torch.float32)
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2], [2, 2, 2, 2, 2, 2, 3, 4, 4]])
+    found, _ = kda._on_gpu(*given[:5], None, documents)
+    torch.testing.assert_close(found, recurrent(*given[:5], documents=documents)[0])
+    found, state = kda._on_gpu(*given, None)
+    expected, last = recurrent(*given)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(state, last)
