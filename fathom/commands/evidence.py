@@ -48,7 +48,12 @@ def evidence() -> Function:
 
         if not 0 < noise < 1:
             raise UserError(f"--noise {noise:g}: the scatter of the log of the loss lies between 0 and 1")
+        if (out / "world.yaml").exists():
+            raise UserError(
+                f"{out / 'world.yaml'} exists: a world is not written over; delete it or give another --out"
+            )
         found = table(runs)
+        _check(world, found.planned, baseline, arm)
         wanted = _wanted(world, baseline, arm)
         rows, planned = ([row for row in part if wanted(row)] for part in (found.rows, found.planned))
         if not rows:
@@ -67,6 +72,17 @@ def evidence() -> Function:
         print(f"fathom ask next {out / 'world.yaml'} {out / 'candidates.csv'} --cost {cost}{pairs}")
 
     return run
+
+
+def _check(world: str, planned: list[Row], baseline: str, arm: str) -> None:
+    """Runs that do not belong in one world are refused before anything is written."""
+    if world == "block-size":
+        if len(sizes := {row["case"] for row in planned if row["S"] is not None}) > 1:
+            raise UserError(f"block-size is about one size of network; these runs are of {', '.join(sorted(sizes))}")
+        return
+    for name in (baseline, arm):
+        if name not in {row["arm"] for row in planned}:
+            raise UserError(f"there is no arm {name!r}; there are {_arms(planned)}")
 
 
 def _wanted(world: str, baseline: str, arm: str) -> Callable[[Row], bool]:

@@ -58,9 +58,15 @@ def test_texts_that_the_command_replaces_stand_in_the_worlds() -> None:
             assert needle in texts[name], (name, needle)
 
 
-def test_runs_of_neither_arm_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there are block, full, hyper_connections, prenorm"):
-        evidence()((SWEEP / "rules",), tmp_path, baseline="mhc", arm="mla")
+def test_runs_that_belong_in_no_one_world_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no arm 'mla'; there are block, full, hyper_connections, prenorm"):
+        evidence()((SWEEP / "rules",), tmp_path, arm="mla")
+    with pytest.raises(UserError, match=r"one size of network; these runs are of w1.78-h0.3, "):
+        evidence()((SWEEP / "shapes",), tmp_path, world="block-size")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "world.yaml").write_text("mine")
+    with pytest.raises(UserError, match="not written over"):
+        evidence()((SWEEP / "rules",), tmp_path)
 
 
 def invented(tmp_path: Path, name: str, rows: list[dict[str, Any]]) -> Scientist:
