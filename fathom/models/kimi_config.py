@@ -71,17 +71,11 @@ class KimiConfig(ModelConfig):
         for name, known in (("mlp_activation", Activation), ("balance", Balance)):
             if getattr(self, name) not in get_args(known):
                 raise UserError(f"model.{name} is {getattr(self, name)!r}: it must be {' or '.join(get_args(known))}")
-        for name in (
-            "mla_every",
-            "conv_size",
-            "kv_rank",
-            "shared_key_dim",
-            "num_experts",
-            "active_experts",
-            "expert_dim",
-        ):
+        for name in ("mla_every", "kv_rank", "shared_key_dim", "num_experts", "active_experts", "expert_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.conv_size < 2:
+            raise UserError(f"model.conv_size is {self.conv_size}: it must be at least 2")
         for name in ("query_rank", "latent_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -103,6 +103,7 @@ def test_the_first_decays_are_as_published_with_and_without_a_floor():
         ({"rope_base": 5.0}, "model.rope_base"),
         ({"num_experts": 0}, "model.num_experts"),
         ({"kv_rank": 0}, "model.kv_rank"),
+        ({"conv_size": 1}, "model.conv_size"),
         ({"latent_dim": 0}, "model.latent_dim"),
         ({"shared_experts": -1}, "model.shared_experts"),
         ({"dense_layers": 9}, "model.dense_layers"),
