@@ -47,9 +47,7 @@ def sizes() -> Function:
         print(
             "active: what a token meets, embedding and head apart; arithmetic of a forward pass; bytes in bf16, the KDA"
         )
-        print(
-            "state in float32; cache and bank of one sequence. Activations: `fathom bench` and docs/kimi-linear.md.\n"
-        )
+        print("state in float32; cache and bank of one sequence. Activations: docs/kimi-linear.md.\n")
         print(columns(table) + "\n")
         print("\n".join(f"{r['size']:<6}  {r['published']}" for r in rows if r["published"]))
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from fathom.models import kimi_counts
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.kimi_config import KimiConfig
+from fathom.models.kimi_linear import build
 from fathom.models.layers import AttentionInput, AttentionOutput
 from fathom.models.transformer import Transformer
 from fathom.residuals import make_stream
@@ -139,7 +140,7 @@ def activation_bytes(
     keep: list[Any] = []
 
     with FakeTensorMode(), torch.device(device):
-        model = Transformer(config, end_of_text=0)
+        model = build(config, end_of_text=0)
         tokens = torch.zeros(batch, context, dtype=torch.int64)
         parameter_storages = {p.untyped_storage()._cdata for p in model.parameters()}
         parameter_shapes = {p.shape for p in model.parameters() if p.ndim == 2}

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from fathom.models.kimi_config import KimiConfig
 from fathom.models.layers import Context, RMSNorm
@@ -76,7 +77,9 @@ class Experts(nn.Module):
         # Its rows must be of a multiple of 16 bytes.
         if x.is_cuda and low == torch.bfloat16 and down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0:
             return self.grouped(x, gate_up, down, counts)
-        pieces = x.split(counts.tolist())
+        # Fake tensors (accounting.py) have shapes and no counts: even loads take as many bytes as any.
+        even = [len(x) * (e + 1) // len(counts) - len(x) * e // len(counts) for e in range(len(counts))]
+        pieces = x.split(even if is_fake(counts) else counts.tolist())
         # unbind, not an index each: the gradient of an index is as large as all experts.
         triples = zip(pieces, gate_up.unbind(), down.unbind(), strict=True)
         return torch.cat([F.linear(self.activation(*F.linear(p, g).chunk(2, dim=-1)), d) for p, g, d in triples])

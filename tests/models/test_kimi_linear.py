@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fathom.errors import UserError
-from fathom.models.accounting import assert_parameters, flops_per_token, parameters
+from fathom.models.accounting import activation_bytes, assert_parameters, flops_per_token, parameters
 from fathom.models.config import ResidualConfig
 from fathom.models.kimi_config import KimiConfig
 from fathom.models.kimi_linear import KimiLinear, build
@@ -64,6 +64,24 @@ def test_counts_are_those_of_the_built_model(options: dict):
         parameters(config)[name] * (0.5 if name == "routed experts" else 1)
         for name in ("dense mlp", "routed experts", "shared experts", "router", "latent")
     )
+
+
+def test_activation_bytes_are_what_autograd_saves():
+    """Counted on fake tensors, whose experts have even loads: as many bytes as any loads take."""
+    model, config, batch = build(SMALL), SMALL, torch.zeros(2, 16, dtype=torch.int64)
+    parameter_storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in parameter_storages and tensor.numel():
+            saved[pointer] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model.loss(batch, batch)
+    assert sum(activation_bytes(config, 2, 16).values()) == sum(t.untyped_storage().nbytes() for t in saved.values())
+    del loss
 
 
 def test_documents_do_not_see_each_other():
