@@ -20,7 +20,7 @@ from fathom.depth_attention import fold_gain
 from fathom.errors import UserError
 from fathom.full import FullAttnRes
 from fathom.kernels import inter_block
-from fathom.models.layers import Context, RMSNorm, document_mask
+from fathom.models.layers import Context, RMSNorm, document_mask, document_numbers
 from fathom.models.transformer import Transformer
 from fathom.parallel.config import Recompute
 from fathom.parallel.plan import Plan
@@ -133,11 +133,12 @@ class Stage(nn.Module):
 
     def _context(self, tokens: Tensor) -> Context:
         length = tokens.shape[-1]
-        mask = None
+        mask = documents = None
         if self.config.document_mask:
             assert self.end_of_text is not None
             mask = document_mask(tokens, self.end_of_text)
-        return Context(self.cos[:length], self.sin[:length], mask)
+            documents = document_numbers(tokens, self.end_of_text)
+        return Context(self.cos[:length], self.sin[:length], mask, documents=documents)
 
     def _enter(self, received: Sources, tokens: Tensor) -> Any:
         if self.is_first:
