@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,11 @@ def run_world(size: int, folder: Path) -> Ranks:
 
 @pytest.fixture(scope="session", autouse=True)
 def _fork_server() -> None:
-    forked()
+    """Start it, for all tests of the session: its processes have one thread each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forked()
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
