@@ -72,7 +72,7 @@ def measure(folder: Path) -> dict[str, Any]:
 def _row(case: str, arm: str, metric: str, mean: Any, least: float, most: float) -> dict[str, Any]:
     low, high = (mean.mean if end is None else end for end in (mean.low, mean.high))
     return {
-        "case": case, "arm": arm, "metric": metric, "unit": "share of right answers", "median": round(mean.mean, 4),
+        "case": case, "arm": arm, "metric": metric, "unit": "share right", "median": round(mean.mean, 4),
         "low": round(max(least, low), 4), "high": round(min(most, high), 4), "n": mean.n, "over_prenorm": None,
     }  # fmt: skip
 

@@ -5,8 +5,8 @@ arithmetic   facts "root is r" and "v is u + d" or "v is u * d" modulo p, a chai
              the question x asks for x's value, and its difficulty is the number of facts that it takes, the root's being one
 
 A fact is one token and so is a question, so that nothing is tested but following facts: one attention layer finds the fact of a
-node it holds. A layer can also double what a fact says (f^2 from f), so depth h reaches at most 2^h - 1 hops; what a network does
-reach, the probe measures. On one cycle of n nodes f^k is no shorter than k hops forward or n - k back.
+node it holds. A layer can also double what a fact says (f^2 from f), so depth h could reach 2^h - 1 hops in this way; what a
+network does reach, the probe measures. On one cycle of n nodes f^k is no shorter than k hops forward or n - k back.
 
 All questions of a sequence follow its facts and are answered where they stand; answers are the first ``num_answers`` logits.
 reasoning-gym (0.1.25) has no such pair of tasks with an exact number of steps: its nearest, path_star and chain_sum, are texts

@@ -1,5 +1,6 @@
 """The reasoning probe: answers are what following the facts gives, nothing leaks, training learns, scores are the models'."""
 
+import importlib
 import json
 import shlex
 from dataclasses import replace
@@ -147,3 +148,11 @@ def test_the_command_line_trains_and_tests(tmp_path: Path, capsys: pytest.Captur
     assert "give a lower --optim.lr" in capsys.readouterr().err
     with pytest.raises(UserError, match="2\\^40"):
         replace(tiny(), seed=2**40)
+
+
+def test_the_committed_rows_are_made_of_the_committed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(root))
+    measure = importlib.import_module("reasoning_probe").measure
+    folder = root / "results" / "2026-11-22_reasoning-probe"
+    assert measure(folder)["rows"] == json.loads((folder / "result.json").read_text())["rows"]
