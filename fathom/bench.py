@@ -59,7 +59,7 @@ def arms(config: ModelConfig) -> dict[str, ModelConfig]:
     full = ResidualConfig(rule="full", gain=given.gain, eps=given.eps)
     block = replace(full, rule="block", num_blocks=given.num_blocks, block_size=given.block_size)
     rules: dict[str, ResidualConfig] = {
-        "prenorm": replace(full, rule="prenorm"),
+        "prenorm": ResidualConfig(rule="prenorm"),
         "block": block,
         "block-single-pass": replace(block, schedule="single_pass"),
         "full": full,

@@ -369,6 +369,12 @@ def test_residuals_counts_what_is_built(capsys: Capture) -> None:
     assert all(row["equation"] in table and row["source"] in table for row in rows.values())
 
 
+def test_bench_takes_a_block_without_key_gains() -> None:
+    config = ModelConfig(residual=ResidualConfig(rule="block", num_blocks=2, gain=False))
+    assert [arm.residual.rule for arm in arms(config).values()] == ["prenorm", "block", "block", "full"]
+    assert not arms(config)["full"].residual.gain
+
+
 def test_bench_rows_follow_the_schema_of_results(capsys: Capture) -> None:
     shape = "--model.dim 8 --model.num-heads 1 --model.num-layers 2 --model.context 8"
     flags = shlex.split(f"{shape} --batch 1 --rounds 5")
