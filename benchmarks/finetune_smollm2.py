@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4, 4e-4])
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "float32"])
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     base = FinetuneConfig(

@@ -128,6 +128,8 @@ def evaluate() -> Function:
             batch: Sequences at a time.
             device: cpu, cuda, or auto for the GPU where there is one.
         """
+        if not tasks:
+            raise UserError("--tasks is empty: name at least one task")
         _offline()
         from fathom.hf.evaluate import evaluate
         from fathom.hf.tasks import PAPER

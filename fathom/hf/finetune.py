@@ -55,7 +55,7 @@ class FinetuneConfig:
     """Steps from validation to validation."""
     eval_sequences: int = 64
     """Sequences of one validation, at most."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["float32", "bf16"] = "float32"
     """bf16: autocast, with float32 weights."""
     device: str = "auto"
     """cpu, cuda, or auto for the GPU where there is one."""

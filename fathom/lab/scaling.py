@@ -35,7 +35,7 @@ Range = tuple[float, float]
 PFLOPS_DAY = 1e15 * 86400
 """Floating-point operations of one PFLOP/s-day."""
 _EXPONENTS = np.geomspace(1e-3, 3, 64)
-MIN_DRAWS = 100
+MIN_DRAWS, MAX_DRAWS = 100, 100_000
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,10 @@ def fit_arms(
         UserError: fewer sizes than a fit and its scatter need (3, or 4 with the irreducible term), or a wrong setting.
     """
     check_level(level)
-    if draws < MIN_DRAWS:
-        raise UserError(f"draws is {draws}: the ends of an interval need at least {MIN_DRAWS}")
+    if not MIN_DRAWS <= draws <= MAX_DRAWS:
+        raise UserError(
+            f"draws is {draws}: an interval's ends need {MIN_DRAWS:,} at least, and memory bounds it at {MAX_DRAWS:,}"
+        )
     if baseline not in table:
         raise UserError(f"there is no arm {baseline!r} to compare with; there are {', '.join(table)}")
     if not 0 < budget < math.inf:

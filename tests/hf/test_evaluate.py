@@ -118,6 +118,8 @@ def test_a_bigbench_choice_is_the_best_one(tmp_path: Path, monkeypatch: pytest.M
 def test_what_is_no_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(tmp_path)]) == 2
     assert "is not a model folder" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path), "--tasks"]) == 2
+    assert "--tasks is empty" in capsys.readouterr().err
     with pytest.raises(UserError, match="limit is 0"):
         evaluate(tmp_path, ["heldout"], limit=0)
 

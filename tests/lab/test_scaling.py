@@ -176,7 +176,9 @@ def test_losses_that_do_not_fall_have_no_multiplier() -> None:
         assert found.multiplier.interval[0] <= found.multiplier.value <= found.multiplier.interval[1]
 
 
-@pytest.mark.parametrize("settings", [{"draws": 0}, {"draws": -3}, {"budget": math.inf}, {"budget": math.nan}])
+@pytest.mark.parametrize(
+    "settings", [{"draws": 0}, {"draws": -3}, {"draws": 10**8}, {"budget": math.inf}, {"budget": math.nan}]
+)
 def test_settings_that_give_no_interval_are_refused(settings: dict[str, float]) -> None:
     name = next(iter(settings))
     with pytest.raises(UserError, match=f"{name} is {settings[name]}"):
