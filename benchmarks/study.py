@@ -14,7 +14,8 @@ Stages, each a sweep of fathom/lab in OUT/<stage>, in this order:
     shapes   depth against width, nine shapes of the first size's compute, PreNorm and Block
 
 The learning rate is tuned for PreNorm and all arms of a size share it, as in the paper: the comparison favours the baseline. The
-rule by which it is carried is ``carried_rate``. Budget: ``BUDGET`` seconds of one GPU, wall clock, whatever runs side by side.
+rule by which it is carried is ``carried_rate``. Budget: ``BUDGET`` GPU seconds: wall clock times the GPUs of the machine, whatever
+runs side by side on them. Dear runs begin first, so that all GPUs end together.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from study_summary import summarize
 
 from fathom.errors import UserError
@@ -172,6 +174,7 @@ def stage_of(out: Path, name: str, settings: dict[str, Any]) -> Sweep:
     if (out / name / PLAN).is_file():
         return read_sweep(out / name)
     planned = MAKE[name](out, SCALES[settings["scale"]], settings["data"])
+    planned.sort(key=lambda run: training_flops(run.config) * (1 + (run.arm != "prenorm")), reverse=True)
     return make_sweep(out / name, "study", planned, threads=1)
 
 
@@ -186,7 +189,7 @@ def settings_of(out: Path) -> dict[str, Any]:
 
 
 def spent(out: Path) -> float:
-    """Seconds of the GPU so far."""
+    """GPU seconds so far."""
     path = out / "spent.jsonl"
     return sum(json.loads(line)["seconds"] for line in path.read_text().splitlines()) if path.is_file() else 0.0
 
@@ -227,14 +230,14 @@ def status(out: Path) -> None:
             told = "not begun"
         print(f"{name:7} {expected['runs']:3} runs, {expected['flops']:.2e} FLOPs: {told}")
     used, budget = spent(out), settings["budget_seconds"]
-    print(f"budget {budget:,.0f} s of one GPU: {used:,.0f} spent, {budget - used:,.0f} left")
+    print(f"budget {budget:,.0f} GPU seconds: {used:,.0f} spent, {budget - used:,.0f} left")
 
 
 def run(out: Path, minutes: float, workers: int | None) -> int:
     """Go on with the first stage that is not done; ends when the minutes or the budget are, or everything is done."""
     settings = settings_of(out)
-    end = time.monotonic() + min(60 * minutes, settings["budget_seconds"] - spent(out))
-    device = machine(pick_device("auto"))
+    device, count = machine(pick_device("auto")), max(1, torch.cuda.device_count())
+    end = time.monotonic() + min(60 * minutes, (settings["budget_seconds"] - spent(out)) / count)
     for name in STAGES:
         sweep = stage_of(out, name, settings)
         seconds = end - time.monotonic()
@@ -254,7 +257,8 @@ def run(out: Path, minutes: float, workers: int | None) -> int:
             failed = {}
         finally:
             alarm.cancel()
-            row = {"stage": name, "seconds": round(time.monotonic() - begin, 1), "machine": device}
+            seconds = round(count * (time.monotonic() - begin), 1)
+            row = {"stage": name, "seconds": seconds, "gpus": count, "machine": device}
             with (out / "spent.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if failed:

@@ -2,6 +2,7 @@
 
 The folder is locked, so that two sweeps cannot share it. What is done is read from the run folders: a sweep that was killed
 continues where its runs' checkpoints are, with the bits of one that was not (on a CPU; a run's threads are in the plan).
+Where there are several GPUs the runs are spread over them, each run on one.
 A run that diverged stays so; a run that failed is reported, the rest go on, and the next call tries it again.
 """
 
@@ -38,7 +39,7 @@ def memory_bytes(config: RunConfig) -> float:
 
 
 def default_workers(runs: list[Planned], threads: int) -> int:
-    """Runs at a time: one a core (or ``threads`` cores) on a CPU; on a GPU as many, up to four, as its free memory holds."""
+    """Runs at a time: one a core (or ``threads`` cores) on a CPU; on each GPU as many, up to four, as its free memory holds."""
     device = pick_device(runs[0].config.device)
     if device.type == "cpu":
         return max(1, cores() // threads)
@@ -46,7 +47,22 @@ def default_workers(runs: list[Planned], threads: int) -> int:
 
     free = torch.cuda.mem_get_info(device)[0]
     largest = max({run.config.model: memory_bytes(run.config) for run in runs}.values())
-    return max(1, min(4, int(0.9 * free / largest)))
+    return max(1, min(4, int(0.9 * free / largest))) * max(1, len(gpus(runs)))
+
+
+def gpus(runs: list[Planned]) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that ``runs`` are spread over; ``[]`` if they name their device or use the CPU."""
+    if any(run.config.device not in ("auto", "cuda") for run in runs) or pick_device("auto").type == "cpu":
+        return []
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def least_used(gpus: list[str], taken: list[str | None]) -> str | None:
+    """The first of ``gpus`` that the fewest of the runs under way have ``taken``; None if there are no GPUs."""
+    return min(gpus, key=taken.count, default=None)
 
 
 @dataclass
@@ -55,14 +71,17 @@ class Process:
 
     planned: Planned
     handle: subprocess.Popen[bytes]
+    gpu: str | None
     begin: float = field(default_factory=time.monotonic)
 
 
-def _start(sweep: Sweep, planned: Planned) -> Process:
+def _start(sweep: Sweep, planned: Planned, gpu: str | None) -> Process:
     log = sweep.log(planned)
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(sweep.threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }  # fmt: skip
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     with writing(log):
         log.parent.mkdir(exist_ok=True)
         output = log.open("ab")
@@ -72,7 +91,7 @@ def _start(sweep: Sweep, planned: Planned) -> Process:
             [sys.executable, "-m", "fathom.lab.sweep_run", str(sweep.folder), planned.name],
             stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True,
         )  # fmt: skip
-    return Process(planned, handle)
+    return Process(planned, handle, gpu)
 
 
 def _last_line(log: Path) -> str:
@@ -93,13 +112,15 @@ def run_sweep(sweep: Sweep, *, workers: int | None = None) -> tuple[list[Outcome
         left = [found.planned for found in outcomes(sweep) if found.state not in ("done", "diverged")]
         if left and workers is None:
             workers = default_workers(left, sweep.threads)
+        devices = gpus(left) if left else []
         active: list[Process] = []
         failed: dict[str, str] = {}
         with Table(sweep) as table:
             try:
                 while left or active:
                     while left and not stop and len(active) < (workers or 1):
-                        active.append(_start(sweep, left.pop(0)))
+                        gpu = least_used(devices, [process.gpu for process in active])
+                        active.append(_start(sweep, left.pop(0), gpu))
                     for process in [p for p in active if p.handle.poll() is not None]:
                         active.remove(process)
                         _close(process)

@@ -27,6 +27,21 @@ def debian_50m() -> RunConfig:
     )
 
 
+def debian_5m() -> RunConfig:
+    """The model that comes with Fathom: 14 decoder layers of width 128, 10 MB in bf16, on the Debian documentation; for one GPU."""
+    return RunConfig(
+        model=ModelConfig(context=512, dim=128, num_layers=14, num_heads=4, tie_embeddings=True),
+        data=DataConfig(folder="data/debian-docs", batch=64),
+        optim=OptimConfig(lr=4e-3, warmup=300),
+        steps=8000,
+        eval_every=500,
+        checkpoint_every=2000,
+        precision="bf16",
+        compile="layers",
+        log_every=25,
+    )
+
+
 def kimi_micro() -> RunConfig:
     """A Kimi Linear of half a million parameters on the text inside the package: a minute or two on a CPU."""
     from fathom.models import sizes
@@ -53,6 +68,7 @@ def kimi_nano() -> RunConfig:
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "quick": quick,
     "debian-50m": debian_50m,
+    "debian-5m": debian_5m,
     "kimi-micro": kimi_micro,
     "kimi-nano": kimi_nano,
 }

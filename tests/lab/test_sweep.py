@@ -20,7 +20,7 @@ from fathom.lab.ablations import table
 from fathom.lab.outcomes import left_out, read_outcomes
 from fathom.lab.plan import Planned, Sweep, make_sweep, outcomes, read_sweep, training_flops
 from fathom.lab.scaling import paper
-from fathom.lab.sweep import run_sweep
+from fathom.lab.sweep import gpus, least_used, run_sweep
 from fathom.lab.sweep_run import execute
 from fathom.lab.sweep_table import newest
 from fathom.lab.sweeps import SWEEPS, base_config, expand, expand_grid, grid_points, residual, with_settings
@@ -353,3 +353,15 @@ def test_arms_cases_and_settings_are_read_or_refused_by_name() -> None:
     ):
         with pytest.raises(UserError, match=message):
             wrong()
+
+
+def test_runs_are_spread_over_the_gpus(data: Path) -> None:
+    taken: list[str | None] = []
+    for _ in range(5):
+        taken.append(least_used(["4", "6"], taken))
+    assert taken == ["4", "6", "4", "6", "4"]
+    assert least_used(["4", "6"], ["4", "6", "4"]) == "6"
+    assert least_used([], []) is None
+    base = RunConfig()
+    named = [Planned("one", "base", "prenorm", 0, replace(base, device="cpu"))]
+    assert gpus(named) == [], "a run that names its device stays there"
