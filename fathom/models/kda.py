@@ -10,9 +10,11 @@ pieces of C tokens: with G the running sum of g inside a piece, the corrections 
     (I + A) u = v - (k ⊙ e^G) S_0         A_ij = β_j Σ_c k_ic k_jc e^{G_ic - G_jc}  for j < i
 
 and then o and the piece's last S are matrix products. Every exponent is a difference G_i - G_j with j <= i: it is never
-positive, so nothing overflows, however fast a channel decays. On a GPU fla-core's kernels compute the same (extra ``kimi``).
+positive, so nothing overflows, however fast a channel decays. On a GPU fla-core's kernels compute the same (extra ``kimi``);
+``FATHOM_KDA=chunked`` in the environment keeps to the PyTorch path there.
 """
 
+import os
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from fathom.errors import UserError
 from fathom.models.kimi_config import KimiConfig
-from fathom.models.layers import Context, RMSNorm
+from fathom.models.layers import Context, RMSNorm, document_cuts
 
 CHUNK = 16
 """Tokens of a piece; pairwise decays of a piece are [C, C, K]."""
@@ -119,6 +121,14 @@ def _fla() -> Any:
     return kda
 
 
+def backend_for(device: torch.device, dtype: torch.dtype) -> str:
+    """``fla`` or ``chunked``: what sequences on ``device`` are computed with, unless ``FATHOM_KDA`` says otherwise."""
+    asked = os.environ.get("FATHOM_KDA", "auto")
+    if asked not in ("auto", "fla", "chunked"):
+        raise UserError(f"FATHOM_KDA is {asked!r}: it must be auto, fla or chunked")
+    return "fla" if asked != "chunked" and device.type == "cuda" and dtype != torch.float64 else "chunked"
+
+
 def delta_rule(
     query: Float[Tensor, "B T H K"],
     key: Float[Tensor, "B T H K"],
@@ -127,16 +137,18 @@ def delta_rule(
     beta: Float[Tensor, "B T H"],
     state: Float[Tensor, "B H K V"] | None = None,
     documents: Int[Tensor, "B T"] | None = None,
+    cuts: Int[Tensor, " N1"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"] | None]:
     """``recurrent`` by what is fastest here: fla-core on a GPU, otherwise ``chunked``, or the equation for a single token.
 
-    In float32 at least, except on a GPU, where only sums and the state are; the output has the query's dtype. The last state
-    is None on a GPU that was given none.
+    In float32 at least, except in fla-core's kernels, where only sums and the state are; the output has the query's dtype.
+    Those return no last state if they were given none. ``cuts`` are ``documents``' own, if they are known.
     """
     if query.shape[1] == 1:
         documents = None
-    if query.is_cuda and query.dtype != torch.float64 and (documents is None or state is None):
-        return _on_gpu(query, key, value, log_decay, beta, state, documents)
+    if backend_for(query.device, query.dtype) == "fla" and (documents is None or state is None):
+        cuts = document_cuts(documents) if documents is not None and cuts is None else cuts
+        return _on_gpu(query, key, value, log_decay, beta, state, None if documents is None else cuts)
     wide = torch.promote_types(query.dtype, torch.float32)
     q, k, v, g, b = (x.to(wide) for x in (query, key, value, log_decay, beta))
     memory = None if state is None else state.to(wide)
@@ -155,15 +167,12 @@ def _on_gpu(
     log_decay: Tensor,
     beta: Tensor,
     state: Tensor | None,
-    documents: Tensor | None,
+    cuts: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     inputs = {"q": query, "k": key, "v": value.to(query.dtype), "g": log_decay.float(), "beta": beta.to(query.dtype)}
-    if documents is None:
+    if cuts is None:
         kernel = _fla().fused_recurrent_kda if query.shape[1] == 1 and not torch.is_grad_enabled() else _fla().chunk_kda
         return kernel(**inputs, initial_state=state, output_final_state=state is not None)
-    # Rows end to end, cut where a document or a row begins.
-    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True).flatten()
-    cuts = F.pad(begins.nonzero().flatten(), (0, 1), value=begins.numel())
     flat = {name: x.flatten(0, 1).unsqueeze(0) for name, x in inputs.items()}
     output, _ = _fla().chunk_kda(**flat, output_final_state=False, cu_seqlens=cuts)
     return output.view_as(value), None
@@ -181,12 +190,13 @@ def short_convolution(
     """
     taps, length = weight.shape[-1], x.shape[1]
     padded = torch.cat((before.to(x.dtype), x), dim=1)
-    out = torch.zeros_like(x)
-    for tap in range(taps):
-        term = padded[:, tap : tap + length] * weight[:, 0, tap].to(x.dtype)
+    low = weight[:, 0].to(x.dtype)
+    out = x * low[:, -1]
+    for tap in range(taps - 1):
+        earlier = padded[:, tap : tap + length]
         if documents is not None:
-            term = term * (documents[:, tap : tap + length] == documents[:, taps - 1 :]).unsqueeze(-1)
-        out = out + term
+            earlier = earlier * (documents[:, tap : tap + length] == documents[:, taps - 1 :]).unsqueeze(-1)
+        out = torch.addcmul(out, earlier, low[:, tap])
     return out
 
 
@@ -261,7 +271,7 @@ class KDA(nn.Module):
         if live is not None:  # what pads a row leaves its state as it is
             log_decay, beta = log_decay * live[..., None, None], beta * live.unsqueeze(-1)
         output, state = delta_rule(
-            query, key, heads[2], log_decay, beta, None if memory is None else memory.state, documents
+            query, key, heads[2], log_decay, beta, None if memory is None else memory.state, documents, context.cuts
         )
         if window is not None:
             assert state is not None

@@ -12,7 +12,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from fathom.errors import UserError
 from fathom.models.config import ModelConfig
+from fathom.models.kimi_config import KimiConfig
 
 
 class RMSNorm(nn.Module):
@@ -54,6 +56,8 @@ class Context(NamedTuple):
     """In place of attention among these T tokens alone."""
     documents: Tensor | None = None
     """[B, T], the number of each token's document; None if documents do not matter."""
+    cuts: Tensor | None = None
+    """[N + 1], where the N documents begin, rows end to end, and where the last ends: for KDA's kernels on a GPU."""
 
 
 def rotary_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -83,6 +87,28 @@ def document_mask(tokens: Int[Tensor, "B T"], end_of_text: int) -> Bool[Tensor, 
     document = document_numbers(tokens, end_of_text)
     same = document.unsqueeze(-1) == document.unsqueeze(-2)
     return same.tril().unsqueeze(1)
+
+
+def document_cuts(documents: Int[Tensor, "B T"]) -> Int[Tensor, " N1"]:
+    """Where documents begin in the rows end to end, and where the last ends; a row begins one. Waits for a GPU."""
+    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True).flatten()
+    return F.pad(begins.nonzero().flatten(), (0, 1), value=begins.numel())
+
+
+def make_context(
+    config: ModelConfig, tokens: Int[Tensor, "B T"], cos: Tensor, sin: Tensor, end_of_text: int | None
+) -> Context:
+    """What a forward pass over ``tokens``, which begin a sequence, shares; ``cos`` and ``sin`` are the whole tables."""
+    length = tokens.shape[-1]
+    if length > config.context:
+        raise UserError(f"a sequence of {length} tokens is longer than model.context, {config.context}")
+    if not config.document_mask:
+        return Context(cos[:length], sin[:length], None)
+    assert end_of_text is not None
+    documents = document_numbers(tokens, end_of_text)
+    # Once for all layers: each would wait for the GPU.
+    cuts = document_cuts(documents) if isinstance(config, KimiConfig) and tokens.is_cuda else None
+    return Context(cos[:length], sin[:length], document_mask(tokens, end_of_text), documents=documents, cuts=cuts)
 
 
 class AttentionInput(NamedTuple):

@@ -94,12 +94,27 @@ class Experts(nn.Module):
         self, x: Float[Tensor, "R D"], chosen: Int[Tensor, "R k"], weights: Float[Tensor, "R k"]
     ) -> Float[Tensor, "R D"]:
         """The weighted sum of each row's chosen experts."""
-        active = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        rows = order // active
-        output = self.sorted(x[rows], count(chosen, len(self.gate_up)))
-        weighted = output * weights.flatten()[order].unsqueeze(-1).to(output.dtype)
-        return torch.zeros_like(x, dtype=output.dtype).index_add(0, rows, weighted)
+        arrived, order = by_expert(x, chosen)
+        return weighted(self.sorted(arrived, count(chosen, len(self.gate_up))), order, weights)
+
+
+def by_expert(x: Float[Tensor, "R D"], chosen: Int[Tensor, "R k"]) -> tuple[Float[Tensor, "Rk D"], Int[Tensor, " Rk"]]:
+    """A copy of each row for each expert that it chose, in the experts' order; and, for each, which choice it is.
+
+    Both ways are permutations of rows, so that no gradient is summed by atomics: sums are over a token's own k choices.
+    """
+    order = chosen.flatten().argsort(stable=True)
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    copies = x.repeat_interleave(chosen.shape[1], dim=0)
+    return torch.empty_like(copies).index_copy(0, place, copies), order
+
+
+def weighted(
+    output: Float[Tensor, "Rk D"], order: Int[Tensor, " Rk"], weights: Float[Tensor, "R k"]
+) -> Float[Tensor, "R D"]:
+    """The weighted sum of each row's outputs, which come in the experts' order."""
+    back = torch.empty_like(output).index_copy(0, order, output).unflatten(0, weights.shape)
+    return (back * weights.unsqueeze(-1).to(output.dtype)).sum(1)
 
 
 def count(chosen: Int[Tensor, "R k"], num_experts: int) -> Int[Tensor, " E"]:
@@ -156,9 +171,9 @@ class Router(nn.Module):
         tokens = load.sum() / self.active
         if self.rule == "bias":
             self.bias.add_((load.mean() - load).sign(), alpha=self.rate)
-        elif self.rule == "quantile" and tokens > 0:
-            bias = self.proposed / tokens
-            self.bias.copy_(bias - bias.mean())
+        elif self.rule == "quantile":
+            bias = self.proposed / tokens.clamp(min=1)
+            self.bias.copy_(torch.where(tokens > 0, bias - bias.mean(), self.bias))
         self.load.zero_()
         self.proposed.zero_()
         return load

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fathom.errors import UserError
 from fathom.models.config import ModelConfig
-from fathom.models.layers import Attention, Context, RMSNorm, SwiGLU, document_mask, document_numbers, rotary_table
+from fathom.models.layers import Attention, Context, RMSNorm, SwiGLU, make_context, rotary_table
 from fathom.residuals import make_stream
 from fathom.residuals.rule import Rule
 
@@ -60,17 +60,6 @@ class Transformer(nn.Module):
         """Initialise a parameter that ``initialize`` has no rule for."""
         raise AssertionError(f"initialize has no rule for {name}")
 
-    def _context(self, tokens: Tensor) -> Context:
-        length = tokens.shape[-1]
-        if length > self.config.context:
-            raise UserError(f"a sequence of {length} tokens is longer than model.context, {self.config.context}")
-        mask = documents = None
-        if self.config.document_mask:
-            assert self.end_of_text is not None
-            mask = document_mask(tokens, self.end_of_text)
-            documents = document_numbers(tokens, self.end_of_text)
-        return Context(self.cos[:length], self.sin[:length], mask, documents=documents)
-
     def hidden(
         self, tokens: Int[Tensor, "B T"], observe: Observe | None = None, context: Context | None = None
     ) -> Float[Tensor, "B T D"]:
@@ -81,7 +70,7 @@ class Transformer(nn.Module):
         its read saw: the place for instruments, which must not change it.
         """
         if context is None:
-            context = self._context(tokens)
+            context = make_context(self.config, tokens, self.cos, self.sin, self.end_of_text)
         embedding = self.embedding(tokens)
         if torch.is_autocast_enabled(embedding.device.type):
             embedding = embedding.to(torch.get_autocast_dtype(embedding.device.type))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fathom.errors import UserError
-from fathom.models.moe import Experts, MoE, count
+from fathom.models.moe import Experts, MoE, by_expert, count, weighted
 
 
 class _Exchange(torch.autograd.Function):
@@ -49,22 +49,20 @@ class ShardedExperts(nn.Module):
     def forward(
         self, x: Float[Tensor, "R D"], chosen: Int[Tensor, "R k"], weights: Float[Tensor, "R k"]
     ) -> Float[Tensor, "R D"]:
-        order = chosen.flatten().argsort(stable=True)
-        rows = order // chosen.shape[1]
+        rows, order = by_expert(x, chosen)
         outgoing = count(chosen, self.num_experts)
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=self.group)
         per_rank = incoming.view(self.ranks, -1)  # from each rank, to each of my experts
         sent, received = outgoing.view(self.ranks, -1).sum(1).tolist(), per_rank.sum(1).tolist()
-        arrived = _Exchange.apply(x[rows], sent, received, self.group)
+        arrived = _Exchange.apply(rows, sent, received, self.group)
         # They come rank by rank, and the experts want them expert by expert.
         mine = torch.arange(per_rank.shape[1], device=x.device).repeat(self.ranks)
         sorting = mine.repeat_interleave(incoming).argsort(stable=True)
         output = self.local.sorted(arrived[sorting], per_rank.sum(0))
         back = torch.empty_like(output).index_copy(0, sorting, output)
         returned = _Exchange.apply(back, received, sent, self.group)
-        weighted = returned * weights.flatten()[order].unsqueeze(-1).to(returned.dtype)
-        return torch.zeros_like(x, dtype=returned.dtype).index_add(0, rows, weighted)
+        return weighted(returned, order, weights)
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:

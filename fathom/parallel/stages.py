@@ -20,7 +20,7 @@ from fathom.depth_attention import fold_gain
 from fathom.errors import UserError
 from fathom.full import FullAttnRes
 from fathom.kernels import inter_block
-from fathom.models.layers import Context, RMSNorm, document_mask, document_numbers
+from fathom.models.layers import Context, RMSNorm, make_context
 from fathom.models.transformer import Transformer
 from fathom.parallel.config import Recompute
 from fathom.parallel.plan import Plan
@@ -131,15 +131,6 @@ class Stage(nn.Module):
         sites = self.plan.sites(self.index)
         return slice(sites.start, sites.stop + self.is_last)
 
-    def _context(self, tokens: Tensor) -> Context:
-        length = tokens.shape[-1]
-        mask = documents = None
-        if self.config.document_mask:
-            assert self.end_of_text is not None
-            mask = document_mask(tokens, self.end_of_text)
-            documents = document_numbers(tokens, self.end_of_text)
-        return Context(self.cos[:length], self.sin[:length], mask, documents=documents)
-
     def _enter(self, received: Sources, tokens: Tensor) -> Any:
         if self.is_first:
             embedding = self.embedding(tokens)
@@ -164,7 +155,8 @@ class Stage(nn.Module):
     def forward(
         self, *received: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]
     ) -> Float[Tensor, "B T V"] | tuple[Float[Tensor, "B T D"], ...]:
-        context, state = self._context(tokens), self._enter(received, tokens)
+        context = make_context(self.config, tokens, self.cos, self.sin, self.end_of_text)
+        state = self._enter(received, tokens)
         for sites in self._regions():
             state = self._again(self._run, state, sites, context)
         return (

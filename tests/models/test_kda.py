@@ -10,7 +10,7 @@ from fathom.errors import UserError
 from fathom.models import kda
 from fathom.models.kda import KDA, chunked, delta_rule, recurrent, short_convolution
 from fathom.models.kimi_config import KimiConfig
-from fathom.models.layers import Context
+from fathom.models.layers import Context, document_cuts
 
 NAIVE = Path(__file__).parents[2] / ".peers" / "fla" / "ops" / "kda" / "naive.py"
 
@@ -133,9 +133,20 @@ def test_a_gpu_s_kernel_is_given_documents_as_sequences_of_their_own(monkeypatch
     monkeypatch.setattr(kda, "_fla", lambda: SimpleNamespace(chunk_kda=chunk_kda))
     given = inputs(9, dtype=torch.float32)
     documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2], [2, 2, 2, 2, 2, 2, 3, 4, 4]])
-    found, _ = kda._on_gpu(*given[:5], None, documents)
+    found, _ = kda._on_gpu(*given[:5], None, document_cuts(documents))
     torch.testing.assert_close(found, recurrent(*given[:5], documents=documents)[0])
     found, state = kda._on_gpu(*given, None)
     expected, last = recurrent(*given)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(state, last)
+
+
+def test_which_kernels_a_gpu_takes_can_be_said(monkeypatch: pytest.MonkeyPatch):
+    gpu = torch.device("cuda")
+    assert kda.backend_for(gpu, torch.bfloat16) == "fla"
+    assert kda.backend_for(gpu, torch.float64) == kda.backend_for(torch.device("cpu"), torch.float32) == "chunked"
+    monkeypatch.setenv("FATHOM_KDA", "chunked")
+    assert kda.backend_for(gpu, torch.bfloat16) == "chunked"
+    monkeypatch.setenv("FATHOM_KDA", "triton")
+    with pytest.raises(UserError, match="FATHOM_KDA is 'triton'"):
+        kda.backend_for(gpu, torch.bfloat16)
