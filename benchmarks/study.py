@@ -14,8 +14,8 @@ Stages, each a sweep of fathom/lab in OUT/<stage>, in this order:
     shapes   depth against width, nine shapes of the first size's compute, PreNorm and Block
 
 The learning rate is tuned for PreNorm and all arms of a size share it, as in the paper: the comparison favours the baseline. The
-rule by which it is carried is ``carried_rate``. Budget: ``BUDGET`` GPU seconds: wall clock times the GPUs of the machine, whatever
-runs side by side on them. Dear runs begin first, so that all GPUs end together.
+rule by which it is carried is ``carried_rate``. Budget: ``BUDGET`` GPU seconds: wall clock times the machine's GPUs, whatever runs
+side by side on them. Dear runs begin first, so that all GPUs end together.
 """
 
 import argparse
