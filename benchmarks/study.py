@@ -14,8 +14,8 @@ Stages, each a sweep of fathom/lab in OUT/<stage>, in this order:
     shapes   depth against width, nine shapes of the first size's compute, PreNorm and Block
 
 The learning rate is tuned for PreNorm and all arms of a size share it, as in the paper: the comparison favours the baseline. The
-rule by which it is carried is ``carried_rate``. Budget: ``BUDGET`` GPU seconds: wall clock times the machine's GPUs, whatever runs
-side by side on them. Dear runs begin first, so that all GPUs end together.
+rule by which it is carried is ``carried_rate``. Budget: ``BUDGET`` GPU seconds: wall clock times the GPUs, whatever runs side by
+side on them. Dear runs begin first, so that all GPUs end together.
 """
 
 import argparse
@@ -233,12 +233,12 @@ def status(out: Path) -> None:
     print(f"budget {budget:,.0f} GPU seconds: {used:,.0f} spent, {budget - used:,.0f} left")
 
 
-def run(out: Path, minutes: float, workers: int | None) -> int:
-    """Go on with the first stage that is not done; ends when the minutes or the budget are, or everything is done."""
+def run(out: Path, minutes: float, workers: int | None, only: tuple[str, ...] = STAGES) -> int:
+    """Go on with the first stage that is not done; ends when the minutes or the budget are, or all of ``only`` is done."""
     settings = settings_of(out)
     device, count = machine(pick_device("auto")), max(1, torch.cuda.device_count())
     end = time.monotonic() + min(60 * minutes, (settings["budget_seconds"] - spent(out)) / count)
-    for name in STAGES:
+    for name in only:
         sweep = stage_of(out, name, settings)
         seconds = end - time.monotonic()
         if not left(sweep):
@@ -314,14 +314,15 @@ def main() -> int:
     each["plan"].add_argument("--data", default="data/debian-docs")
     each["plan"].add_argument("--scale", choices=list(SCALES), default="h100")
     each["run"].add_argument("--minutes", type=float, default=25)
-    each["run"].add_argument("--workers", type=int, default=None)
+    each["run"].add_argument("--workers", type=int, default=None, help="runs at a time; by the GPUs' memory if not given")
+    each["run"].add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="stages; all if not given")
     each["collect"].add_argument("results", type=Path)
     options = parser.parse_args()
     try:
         if options.command == "plan":
             plan(options.out, options.data, options.scale)
         elif options.command == "run":
-            return run(options.out, options.minutes, options.workers)
+            return run(options.out, options.minutes, options.workers, tuple(options.only))
         elif options.command == "status":
             status(options.out)
         elif options.command == "collect":
