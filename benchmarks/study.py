@@ -314,7 +314,9 @@ def main() -> int:
     each["plan"].add_argument("--data", default="data/debian-docs")
     each["plan"].add_argument("--scale", choices=list(SCALES), default="h100")
     each["run"].add_argument("--minutes", type=float, default=25)
-    each["run"].add_argument("--workers", type=int, default=None, help="runs at a time; by the GPUs' memory if not given")
+    each["run"].add_argument(
+        "--workers", type=int, default=None, help="runs at a time; by the GPUs' memory if not given"
+    )
     each["run"].add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="stages; all if not given")
     each["collect"].add_argument("results", type=Path)
     options = parser.parse_args()
