@@ -118,6 +118,7 @@ def report() -> Function:
     from fathom.lab.report import write_report
     from fathom.lab.report_measure import measure
     from fathom.lab.report_sweep import read_given
+    from fathom.train.released import run_folder
 
     def run(
         runs: Positional[tuple[Path, ...]],
@@ -130,12 +131,13 @@ def report() -> Function:
         What each layer and token reads is first measured on the newest checkpoint of a run, where that has not been done.
 
         Args:
-            runs: Run folders and sweeps.
+            runs: Run folders and sweeps, or `debian-5m`, the run that comes with Fathom.
             out: The page to write.
             figures: A folder for the paper's figures of these runs, as SVG and PNG.
         """
         if not runs:
             raise UserError("give at least one run folder")
+        runs = tuple(map(run_folder, runs))
         for folder in read_given(list(runs)).measured:
             try:
                 measure(folder)

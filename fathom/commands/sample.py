@@ -54,7 +54,7 @@ def sample() -> Function:
     ) -> None:
         """Continue a text with the model of a run, as it comes; the speed goes to standard error.
 
-        RUN is a run folder, or a checkpoint in it.
+        RUN is a run folder, or a checkpoint in it, or `debian-5m`, the model that comes with Fathom.
         """
         if (prompt is not None) + (prompts is not None) + interactive > 1:
             raise UserError("--prompt, --prompts and --interactive exclude one another: give one")
@@ -92,11 +92,12 @@ def _engine(run: Path, serving: Serving, slots: int) -> "Engine":
 
     from fathom.inference.engine import Engine
     from fathom.train.environment import pick_device
+    from fathom.train.released import run_folder
 
     device = pick_device(serving.device)
     bf16 = serving.precision == "bf16" or (serving.precision == "auto" and device.type == "cuda")
     return Engine.load(
-        run, step=serving.checkpoint, device=device, slots=slots, chunk=serving.chunk,
+        run_folder(run), step=serving.checkpoint, device=device, slots=slots, chunk=serving.chunk,
         dtype=torch.bfloat16 if bf16 else torch.float32, cuda_graphs=serving.cuda_graphs,
     )  # fmt: skip
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from fathom.errors import UserError
 from fathom.lab.dynamics import load_newest, write_depth, write_json
 from fathom.lab.report_reads import FILE, measure_reads
 from fathom.train.checkpoint import checkpoints
+from fathom.train.config import read_object
 from fathom.train.tokenizer import load_tokenizer
 
 
@@ -21,13 +23,23 @@ def write_reads(run: Path, *, sentences: int = 4, device: str = "auto") -> Path:
 
 
 def measure(run: Path, *, device: str = "auto") -> None:
-    """Write what is missing of ``run``, or older than its newest checkpoint; nothing for a run without a checkpoint.
+    """Write what is missing of ``run``, or of an earlier step than its newest checkpoint; nothing for a run without a checkpoint.
 
     Raises:
         UserError: as ``write_reads``.
     """
     newest = checkpoints(run)
     for file, write in (("depth.json", write_depth), (FILE, write_reads)):
-        path = run / file
-        if newest and not (path.is_file() and path.stat().st_mtime >= newest[-1].stat().st_mtime):
+        if newest and _step(run / file) != int(newest[-1].name.removeprefix("step-")):
             write(run, device=device)
+
+
+def _step(path: Path) -> int | None:
+    """The step that ``path`` was measured at; None if it is not there or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        step = read_object(path).get("step")
+    except UserError:
+        return None
+    return step if isinstance(step, int) else None

@@ -1,0 +1,52 @@
+"""Make of a run the small folder that travels inside the package: bf16 weights, no optimizer, its measured report.
+
+    python benchmarks/release.py RUN fathom/assets/models/debian-5m
+
+The report's depth maps are measured first, so that `fathom report debian-5m` needs no data.
+"""
+
+import argparse
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from fathom import sealed
+from fathom.lab.report_measure import measure
+from fathom.train.checkpoint import checkpoints, read_progress
+from fathom.train.config import load_config, save_config
+
+FILES = ("data.json", "env.json", "metrics.jsonl", "summary.json", "depth.json", "reads.json", "tokenizer.json")
+
+
+def release(run: Path, out: Path) -> Path:
+    """Write ``out``, a run folder of the newest checkpoint of ``run``."""
+    measure(run)
+    newest = checkpoints(run)[-1]
+    out.mkdir(parents=True)
+    for name in FILES:
+        shutil.copy(run / name, out / name)
+    config = load_config(run / "config.json")
+    save_config(replace(config, data=replace(config.data, folder=Path(config.data.folder).name)), out / "config.json")
+    target = out / "checkpoints" / newest.name
+    sealed.hidden(target).mkdir(parents=True)
+    weights = {name: value.to(torch.bfloat16) for name, value in load_file(newest / "model.safetensors").items()}
+    save_file(weights, sealed.hidden(target) / "model.safetensors")
+    sealed.publish(target, asdict(read_progress(newest)))
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    target = release(options.run, options.out)
+    print(json.dumps({path.name: path.stat().st_size for path in sorted(target.iterdir())}))
+
+
+if __name__ == "__main__":
+    main()
