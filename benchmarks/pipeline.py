@@ -4,31 +4,37 @@
     torchrun --nproc-per-node 2 benchmarks/pipeline.py --device cpu --tiny --out OUT
 
 P = 2 ranks with V = 4 stages each, about a billion parameters, D = 2048; then FSDP2 over the same two. An arm is a whole training
-step (forward, backward, clipping, AdamW) through `fathom train`'s own classes. All arms are in one process group and take turns,
-A B C A B C, so that what drifts drifts for all; a ratio is taken between steps of one round. Nothing is timed before the
-losses of the arms agree (queries start at zero, where AttnRes is PreNorm's equal) and the bytes sent are the formula's.
+step (forward, backward, clipping, AdamW) through `fathom train`'s own classes. All arms are in one process group, and those of a
+pipeline, then those of FSDP2, take turns, A B C A B C, so that what drifts drifts for all; a ratio is taken between steps of one
+round. An arm is not timed before its loss is PreNorm's (queries start at zero, where AttnRes is its equal) and the bytes it
+sent are the formula's. All files are written again after every round: what was measured survives what fails later.
 
     OUT/result.json   medians over rounds, in the schema of benchmarks/results/
-    OUT/raw.json      every step, the split, bytes, losses
+    OUT/raw.json      every step, the split, losses, what was left out and why
     OUT/speeds.json   of a stage and of the link, measured, for `fathom bench --pipeline --speeds`
     OUT/README.md     the question, the command, the machine and the table; what it shows is for a person to say
 """
 
 import argparse
+import copy
 import datetime
+import gc
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from fathom.errors import UserError
 from fathom.models.accounting import parameters, source_counts
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
@@ -38,6 +44,7 @@ from fathom.parallel.ranks import Ranks
 from fathom.parallel.simulate import Speeds
 from fathom.parallel.stages import Stage
 from fathom.parallel.traffic import formula
+from fathom.residuals import make_stream
 from fathom.train.config import DataConfig, OptimConfig, RunConfig
 from fathom.train.environment import environment, pick_device
 from fathom.train.network import Network, make_network
@@ -51,6 +58,8 @@ LAYOUTS = {
     "fsdp-prenorm": ParallelConfig(dp=2),
     "fsdp": ParallelConfig(dp=2),
 }
+GROUPS = (("prenorm", "naive", "cached"), ("fsdp-prenorm", "fsdp"))
+"""Arms that take turns; PreNorm is the first of each."""
 AGREE = {"float32": 1e-5, "bf16": 2e-3}
 """Largest relative difference of a first loss from PreNorm's."""
 
@@ -65,10 +74,18 @@ def run_config(options: argparse.Namespace, name: str) -> RunConfig:
     rule = ResidualConfig(rule="prenorm") if name.endswith("prenorm") else ResidualConfig(rule="block", num_blocks=8)
     batch = options.micro_batch * options.micro_batches
     return RunConfig(
-        model=replace(model, residual=rule), data=DataConfig(batch=batch, micro_batch=options.micro_batch), optim=OptimConfig(),
+        model=replace(model, residual=rule), data=DataConfig(batch=batch, micro_batch=options.micro_batch),
+        optim=OptimConfig(lr=1e-4),  # the batch is always the same random one: at the usual rate its loss may explode
         parallel=replace(LAYOUTS[name], recompute=options.recompute), device=options.device, compile=options.compile,
         precision="bf16" if options.device == "cuda" else "float32",
     )  # fmt: skip
+
+
+def build(weights: Transformer, model: ModelConfig) -> Transformer:
+    """``weights`` with the residual rule of ``model``: a copy, for to draw a billion random numbers takes far longer."""
+    whole = copy.deepcopy(weights)
+    whole.config, whole.stream = model, make_stream(model.residual, model.num_sublayers, model.dim)
+    return whole
 
 
 @dataclass
@@ -88,6 +105,30 @@ class Arm:
             optimizer.zero_grad()
         return self.network.total(losses)
 
+    def wrong(self, loss: float, reference: float) -> str | None:
+        """What is not as it must be after one step: the first loss is PreNorm's, the bytes are the formula's."""
+        if not abs(loss - reference) <= AGREE[self.config.precision] * abs(reference):
+            return f"{self.name}: the first loss is {loss}, PreNorm's is {reference}"
+        if not isinstance(self.network, PipelinedNetwork):
+            return None
+        pipeline, model = self.network.pipeline, self.config.model
+        size = 2 if self.config.precision == "bf16" else 4
+        expected = formula(
+            pipeline.plan, pipeline.micro_batch * model.context * model.dim * size, pipeline.num_micro_batches
+        )
+        wrong = {hop: sent for hop, sent in pipeline.traffic.items() if sent != expected[hop]}
+        return f"{self.name}: {wrong} bytes were sent, the formula says {expected}" if wrong else None
+
+    def peak(self, tokens: Tensor, targets: Tensor) -> float:
+        """GiB that a step needs at most, on this rank: parameters, AdamW's two moments, and what comes and goes."""
+        device = tokens.device
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        self.step(tokens, targets)
+        parameters = (p for _, p in self.network.named_parameters())
+        own = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in parameters)
+        return (torch.cuda.max_memory_allocated(device) - before + 3 * own) / 2**30
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -104,21 +145,9 @@ def seconds(part: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def check(arm: Arm, loss: float, reference: float) -> None:
-    """``UserError`` if the first loss is not PreNorm's, or the bytes of one step not the formula's."""
-    limit = AGREE[arm.config.precision]
-    if not abs(loss - reference) <= limit * abs(reference):
-        raise UserError(f"{arm.name}: the first loss is {loss}, PreNorm's is {reference}: nothing was timed")
-    if not isinstance(arm.network, PipelinedNetwork):
-        return
-    pipeline, model = arm.network.pipeline, arm.config.model
-    size = 2 if arm.config.precision == "bf16" else 4
-    expected = formula(
-        pipeline.plan, pipeline.micro_batch * model.context * model.dim * size, pipeline.num_micro_batches
-    )
-    for hop, sent in pipeline.traffic.items():
-        if sent != expected[hop]:
-            raise UserError(f"{arm.name}: {sent} bytes were sent into stage {hop[0]}, the formula says {expected[hop]}")
+def repeat(part: Callable[[], Any], count: int) -> None:
+    for _ in range(count):
+        part()
 
 
 def link(device: torch.device, number: int) -> tuple[float, float]:
@@ -126,22 +155,22 @@ def link(device: torch.device, number: int) -> tuple[float, float]:
     times = {}
     for size in (1, 2**26 if device.type == "cuda" else 2**20):
         block = torch.zeros(size, dtype=torch.uint8, device=device)
-        send = (lambda block=block: dist.send(block, 1)) if number == 0 else (lambda block=block: dist.recv(block, 0))
+        send = partial(dist.send, block, 1) if number == 0 else partial(dist.recv, block, 0)
         send()
-        times[size] = min(seconds(lambda send=send: [send() for _ in range(20)], device) / 20 for _ in range(3))
+        times[size] = min(seconds(partial(repeat, send, 20), device) / 20 for _ in range(3))
     small, large = times.values()
     size = max(times)
     return size / large, small
 
 
-def stage_speeds(config: RunConfig, device: torch.device) -> tuple[float, float, float, float]:
+def stage_speeds(weights: Transformer, config: RunConfig, device: torch.device) -> tuple[float, float, float, float]:
     """FLOP/s of the second stage of PreNorm forward and backward, and what a read of AttnRes costs for a source, in seconds."""
     found: list[tuple[float, float]] = []
     model = config.model
     for arm in (replace(model, residual=ResidualConfig(rule="prenorm")), model):
         plan = make_plan(model, 2, 4)
         plan = plan if arm is model else replace(plan, starts=())
-        stage = Stage(Transformer(arm), replace(plan, cache=False), 1).to(device)
+        stage = Stage(build(weights, arm), replace(plan, cache=False), 1).to(device)
         shape = (config.data.micro_batch or 1, model.context, model.dim)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         count = replace(plan, cache=False).tensors(1)
@@ -168,8 +197,8 @@ def stage_speeds(config: RunConfig, device: torch.device) -> tuple[float, float,
     return flops / f, 2 * flops / b, max(block_f - f, 0.0) / sources, max(block_b - b, 0.0) / sources
 
 
-def speeds(config: RunConfig, device: torch.device, number: int) -> Speeds:
-    forward, backward, read_forward, read_backward = stage_speeds(config, device)
+def speeds(weights: Transformer, config: RunConfig, device: torch.device, number: int) -> Speeds:
+    forward, backward, read_forward, read_backward = stage_speeds(weights, config, device)
     bandwidth, latency = link(device, number)
     number_bytes = 2 if config.precision == "bf16" else 4
     size = (config.data.micro_batch or 1) * config.model.context * config.model.dim * number_bytes
@@ -182,23 +211,41 @@ def speeds(config: RunConfig, device: torch.device, number: int) -> Speeds:
     )  # fmt: skip
 
 
-def summarize(case: str, times: dict[str, list[float]], tokens: int, peaks: dict[str, float]) -> list[dict[str, Any]]:
+@dataclass
+class Found:
+    """What has been measured so far."""
+
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    """Seconds of a step by arm; the first rounds of a group have fewer arms."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Of the first step."""
+    peaks: dict[str, float] = field(default_factory=dict)
+    """GiB, of rank 0."""
+    left_out: list[str] = field(default_factory=list)
+    speeds: Speeds | None = None
+
+
+def summarize(case: str, found: Found, tokens: int) -> list[dict[str, Any]]:
     rows = []
-    for name, values in times.items():
-        base = times["fsdp-prenorm" if name.startswith("fsdp") else "prenorm"]
-        ratio = statistics.median(b / v for b, v in zip(base, values, strict=True))
-        rates = [tokens / value for value in values]
-        common = {"case": case if not name.startswith("fsdp") else case.replace("p2v4", "fsdp2"), "arm": name}
-        rows.append({
-            **common, "metric": "tokens_per_s", "unit": "tokens/s", "median": statistics.median(rates), "low": min(rates),
-            "high": max(rates), "n": len(rates), "over_prenorm": ratio,
-        })  # fmt: skip
-        if name in peaks:
-            peak = peaks[name]
+    for base, *others in GROUPS:
+        for name in (base, *others):
+            # Those with most arms, in turns; fewer where a later arm failed.
+            mine = [took for took in found.rounds if name in took]
+            most = max(map(len, mine), default=0)
+            mine = [took for took in mine if len(took) == most]
+            if not mine:
+                continue
+            rates = [tokens / took[name] for took in mine]
+            common = {"case": case.replace("p2v4", "fsdp2") if name.startswith("fsdp") else case, "arm": name}
             rows.append({
-                **common, "metric": "peak_gib", "unit": "GiB", "median": peak, "low": peak, "high": peak, "n": 1,
-                "over_prenorm": None,
+                **common, "metric": "tokens_per_s", "unit": "tokens/s", "median": statistics.median(rates), "low": min(rates),
+                "high": max(rates), "n": len(rates), "over_prenorm": statistics.median(t[base] / t[name] for t in mine),
             })  # fmt: skip
+            if peak := found.peaks.get(name):
+                rows.append({
+                    **common, "metric": "peak_gib", "unit": "GiB", "median": peak, "low": peak, "high": peak, "n": 1,
+                    "over_prenorm": None,
+                })  # fmt: skip
     return rows
 
 
@@ -214,8 +261,9 @@ def readme(result: dict[str, Any], raw: dict[str, Any]) -> str:
         if row["metric"] == "tokens_per_s":
             spread = f"{row['median']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})"
             lines.append(f"| {row['arm']} | {spread} | {row['over_prenorm']:.4f} |")
+    lines += ["", *(f"Left out: {what}." for what in raw["left_out"])]
     return "\n".join(
-        [*lines, "", "**Files.** `result.json`, `raw.json` (every step), `speeds.json` (for the simulator).", ""]
+        [*lines, "**Files.** `result.json`, `raw.json` (every step), `speeds.json` (for the simulator).", ""]
     )
 
 
@@ -233,77 +281,125 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--compile", default="none", choices=["none", "layers"])
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
+    parser.add_argument(
+        "--time-budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin no arm and no round after this, counted from the start",
+    )
     return parser.parse_args()
+
+
+class Session:
+    """A run of this script on one of the two ranks."""
+
+    def __init__(self, options: argparse.Namespace, pipeline: Ranks, fsdp: Ranks) -> None:
+        self.options, self.ranks, self.begin = options, {2: pipeline, 1: fsdp}, time.perf_counter()
+        self.device, self.first, self.agreed, self.any = pipeline.device, pipeline.first, pipeline.agreed, pipeline.any
+        self.found = Found()
+        config = run_config(options, "prenorm")
+        rows = torch.randint(
+            config.model.vocab_size, (config.data.batch, config.model.context + 1),
+            generator=torch.Generator().manual_seed(1),
+        )  # fmt: skip
+        self.tokens, self.targets = (part.contiguous().to(self.device) for part in (rows[:, :-1], rows[:, 1:]))
+        self.weights = Transformer(config.model, seed=0)
+        self.say("weights drawn")
+
+    def say(self, what: str) -> None:
+        if self.first:
+            print(f"{time.perf_counter() - self.begin:6.1f} s  {what}", file=sys.stderr, flush=True)
+
+    def over(self, what: str) -> bool:
+        """Whether the time is up, on any rank; ``what`` is then left out."""
+        spent = time.perf_counter() - self.begin
+        if not self.any(spent > (self.options.time_budget or float("inf"))):
+            return False
+        self.found.left_out.append(f"{what}: the time was up")
+        return True
+
+    def begin_arm(self, name: str) -> Arm | None:
+        """The arm, warmed up by two steps; None if it is wrong."""
+        config = run_config(self.options, name)
+        ranks = self.ranks[config.parallel.pp]
+        arm = Arm(name, config, make_network(build(self.weights, config.model), config, ranks))
+        loss = self.found.losses[name] = float(arm.step(self.tokens, self.targets))
+        if problem := self.agreed(arm.wrong(loss, self.found.losses["prenorm"])):
+            self.found.left_out.append(problem)
+            self.say(problem)
+            return None
+        if self.device.type == "cuda":
+            self.found.peaks[name] = arm.peak(self.tokens, self.targets)
+        else:
+            arm.step(self.tokens, self.targets)
+        self.say(f"{name}: ready")
+        return arm
+
+    def round(self, arms: list[Arm]) -> None:
+        took = {arm.name: seconds(partial(arm.step, self.tokens, self.targets), self.device) for arm in arms}
+        self.found.rounds.append(took)
+        self.say("  ".join(f"{name} {value:.3f} s" for name, value in took.items()))
+        self.write()
+
+    def group(self, names: list[str]) -> None:
+        arms: list[Arm] = []
+        for name in names:
+            if self.over(name):
+                break
+            if arm := self.begin_arm(name):
+                arms.append(arm)
+                self.round(arms)
+        for number in range(1, self.options.rounds) if arms else ():
+            if self.over(f"{self.options.rounds - number} rounds of {', '.join(arm.name for arm in arms)}"):
+                break
+            self.round(arms)
+
+    def write(self) -> None:
+        if not self.first:
+            return
+        options, found = self.options, self.found
+        config = run_config(options, "cached")
+        words = list(sys.argv[1:])
+        words[words.index("--out") + 1] = "OUT"
+        versions = environment(self.device)
+        result = {
+            "name": "pipeline", "date": datetime.date.today().isoformat(),
+            "command": f"torchrun --nproc-per-node 2 benchmarks/pipeline.py {shlex.join(words)}",
+            "machine": f"2 x {versions['machine']}", "versions": versions,
+            "rows": summarize(f"pipeline-p2v4-d{config.model.dim}", found, self.tokens.numel()),
+        }  # fmt: skip
+        raw = {
+            "parameters": sum(parameters(config.model).values()), "tokens": self.tokens.numel(),
+            "micro_batches": options.micro_batches, "options": {k: str(v) for k, v in vars(options).items() if k != "out"},
+            "split": describe(make_plan(config.model, 2, 4), config.model), "losses": found.losses, "rounds": found.rounds,
+            "left_out": found.left_out,
+        }  # fmt: skip
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name, value in (("result", result), ("raw", raw), ("speeds", found.speeds and vars(found.speeds))):
+            if value is not None:
+                (options.out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
+        (options.out / "README.md").write_text(readme(result, raw))
 
 
 def main() -> None:
     options = parse()
     device = pick_device(options.device)
-    with Ranks(PIPELINE, device) as pipeline_ranks, Ranks(ParallelConfig(dp=2), device) as fsdp_ranks:
-        device = pipeline_ranks.device
-        ranks = {2: pipeline_ranks, 1: fsdp_ranks}
-        names = [name for name in LAYOUTS if name in {"prenorm", *options.arms}]
-        if "fsdp" in names and "fsdp-prenorm" not in names:
-            names.insert(names.index("fsdp"), "fsdp-prenorm")
-        measured = speeds(run_config(options, "cached"), device, pipeline_ranks.number)
-        arms, losses, peaks = [], {}, {}
-        for name in names:
-            config = run_config(options, name)
-            generator = torch.Generator().manual_seed(1)
-            rows = torch.randint(
-                config.model.vocab_size, (config.data.batch, config.model.context + 1), generator=generator
-            )
-            tokens, targets = rows[:, :-1].contiguous().to(device), rows[:, 1:].contiguous().to(device)
-            arm = Arm(name, config, make_network(Transformer(config.model, seed=0), config, ranks[config.parallel.pp]))
-            losses[name] = float(arm.step(tokens, targets))
-            check(arm, losses[name], losses["prenorm"])
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-                arm.step(tokens, targets)
-                # Parameters and AdamW's two moments are there before the step, beside those of the other arms.
-                own = sum(p.nbytes for _, p in arm.network.named_parameters())
-                peaks[name] = (torch.cuda.max_memory_allocated(device) - before + 3 * own) / 2**30
-            arms.append(arm)
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for number in range(options.rounds + 1):
-            for arm in arms:
-                took = seconds(lambda arm=arm: arm.step(tokens, targets), device)
-                if number:
-                    times[arm.name].append(took)
-        if pipeline_ranks.first:
-            write(options, times, tokens.numel(), peaks, losses, measured, device)
-
-
-def write(
-    options: argparse.Namespace,
-    times: dict[str, list[float]],
-    tokens: int,
-    peaks: dict[str, float],
-    losses: dict[str, float],
-    measured: Speeds,
-    device: torch.device,
-) -> None:
-    config = run_config(options, "cached")
-    plan = make_plan(config.model, 2, 4)
-    case = f"pipeline-p2v4-d{config.model.dim}"
-    flags = "".join(f" --{key} {value}" for key, value in (("device", options.device),) if value != "cuda")
-    result = {
-        "name": "pipeline", "date": datetime.date.today().isoformat(),
-        "command": f"torchrun --nproc-per-node 2 benchmarks/pipeline.py{flags}{' --tiny' if options.tiny else ''} --out OUT",
-        "machine": f"2 x {environment(device)['machine']}", "versions": environment(device),
-        "rows": summarize(case, times, tokens, peaks),
-    }  # fmt: skip
-    raw = {
-        "parameters": sum(parameters(config.model).values()), "tokens": tokens, "micro_batches": options.micro_batches,
-        "options": {key: str(value) for key, value in vars(options).items() if key != "out"},
-        "split": describe(plan, config.model), "losses": losses, "seconds": times,
-    }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, value in (("result", result), ("raw", raw), ("speeds", vars(measured))):
-        (options.out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
-    (options.out / "README.md").write_text(readme(result, raw))
-    print((options.out / "README.md").read_text())
+    with Ranks(PIPELINE, device) as pipeline, Ranks(ParallelConfig(dp=2), device) as fsdp:
+        session = Session(options, pipeline, fsdp)
+        for base, *others in GROUPS:
+            chosen = [name for name in others if name in options.arms]
+            if chosen or base in options.arms or base == "prenorm":
+                session.group([base, *chosen])
+            gc.collect()  # an arm's autograd graphs and hooks refer to one another
+            if base == "prenorm" and not session.over("speeds"):
+                session.found.speeds = speeds(
+                    session.weights, run_config(options, "cached"), session.device, pipeline.number
+                )
+                session.say("speeds measured")
+                session.write()
+        session.write()
+        if session.first:
+            print((options.out / "README.md").read_text())
 
 
 if __name__ == "__main__":

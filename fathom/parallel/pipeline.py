@@ -103,7 +103,6 @@ class CachedStage(PipelineStage):
         traffic: dict[tuple[int, str], int],
     ) -> None:
         plan = stage.plan
-        tokens = torch.empty(like.shape[:2], dtype=torch.int64, device="meta")
         inputs = tuple(like for _ in range(plan.tensors(stage.index)))
         outputs: tuple[Tensor, ...]
         if stage.is_last:
@@ -114,18 +113,23 @@ class CachedStage(PipelineStage):
             stage, stage.index, plan.num_stages, stage.cos.device,
             input_args=() if stage.is_first else inputs, output_args=outputs, group=group,
         )  # fmt: skip
-        self.stage, self.cache, self.traffic, self.like, self.tokens = stage, cache, traffic, like, tokens
+        self.stage, self.cache, self.traffic, self.like = stage, cache, traffic, like
+        self.nothing = torch.empty(0)
 
-    def _buffers(self, infos: Sequence[Any]) -> None:
+    def _buffers(self, infos: Sequence[Any], *, requires_grad: bool) -> None:
         for info in infos:
-            info.buffer = torch.empty(self.like.shape, dtype=self.like.dtype, device=self.device)
+            info.buffer = torch.empty(
+                self.like.shape, dtype=self.like.dtype, device=self.device, requires_grad=requires_grad
+            )
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        self._buffers(() if self.is_first else self.args_recv_info[fwd_chunk_id])
+        infos = () if self.is_first else self.args_recv_info[fwd_chunk_id]
+        self._buffers(infos, requires_grad=self.has_backward)  # torch 2.11 does not ask for it again
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        self._buffers(() if self.is_last or not self.has_backward else self.grad_recv_info[bwd_chunk_id])
+        infos = () if self.is_last or not self.has_backward else self.grad_recv_info[bwd_chunk_id]
+        self._buffers(infos, requires_grad=False)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -159,7 +163,7 @@ class CachedStage(PipelineStage):
 
     def _free(self, micro_batch: int, *, ended: bool) -> None:
         for info in (*self.args_recv_info[micro_batch], *self.grad_recv_info.get(micro_batch, ())):
-            info.buffer = None
+            info.buffer = self.nothing  # not None: torch 2.11 clears its grad
         if ended:
             self.cache.release(micro_batch)
 
