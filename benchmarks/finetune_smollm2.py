@@ -5,36 +5,60 @@
     python benchmarks/finetune_smollm2.py work/smollm2 work/smollm2-block8 --data data/smollm2 --out OUT
 
 Every seed is a data order that both models see. The rate is the control's: of ``--rates``, the one with which the unconverted
-model of seed 0 ends lowest after a third of the steps. Writes OUT/result.json and each run's metrics; a seed that is done is
-not run again. Weights are not kept.
+model of seed 0 ends lowest after a third of the steps. Writes each run's metrics, and OUT/result.json anew after every run: the
+gain is that of the seeds that both models have finished. A run that is done is not run again. Weights are not kept.
 """
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from summarize import seeds_rows
+from summarize import row, seeds_rows
+from timing import command
 
 from fathom.hf.finetune import FinetuneConfig, finetune
 from fathom.train.config import DataConfig, OptimConfig
 from fathom.train.environment import machine, pick_device
 
+ARMS = ("prenorm", "block")
 
-def trained(model: Path, out: Path, config: FinetuneConfig) -> float:
-    """The last validation loss, from OUT if the run is there; weights and tokenizer are deleted."""
+
+def trained(model: Path, out: Path, config: FinetuneConfig) -> dict[str, Any]:
+    """The summary of a run, which is in OUT already or is made; weights and tokenizer are deleted."""
     if not (out / "summary.json").is_file():
+        begin = time.monotonic()
         finetune(model, out, config)
         for path in out.iterdir():
             if path.name not in ("summary.json", "metrics.jsonl", "env.json", "finetune.json"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    loss: float = json.loads((out / "summary.json").read_text())["val_loss"]
-    print(f"{out.name}: {loss:.4f}", flush=True)
-    return loss
+        print(f"{out.name}: {time.monotonic() - begin:.1f} s, model loading and compiling included", flush=True)
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    print(f"{out.name}: {summary['val_loss_before']:.4f} before, {summary['val_loss']:.4f} after", flush=True)
+    return summary
+
+
+def rows_of(summaries: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Losses before and after of the seeds that every arm has, with the paired gain where there are two or more."""
+    case, unit = "finetune-smollm2", "nats per token"
+    pairs = min(len(found) for found in summaries.values())
+    if not pairs:
+        return []
+    before, after = (
+        {arm: [summary[key] for summary in found[:pairs]] for arm, found in summaries.items()}
+        for key in ("val_loss_before", "val_loss")
+    )
+    rows = [row(case, arm, "val_loss_before", unit, found[:1]) for arm, found in before.items()]
+    if pairs == 1:
+        return rows + [row(case, arm, "val_loss", unit, found) for arm, found in after.items()]
+    return rows + seeds_rows(case, *(after[arm] for arm in ARMS))
 
 
 def main() -> None:
@@ -48,37 +72,58 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4, 4e-4])
+    parser.add_argument("--eval-sequences", type=int, default=128)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4, 8e-4])
     parser.add_argument("--precision", default="bf16", choices=["bf16", "float32"])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run later than this")
     given = parser.parse_args()
+    end = time.monotonic() + 60 * given.minutes
     given.out.mkdir(parents=True, exist_ok=True)
     base = FinetuneConfig(
         data=DataConfig(folder=str(given.data), batch=given.batch, micro_batch=given.micro_batch), context=given.context,
         steps=given.steps, precision=given.precision, optim=OptimConfig(warmup=max(1, given.steps // 15)),
+        eval_sequences=given.eval_sequences,
     )  # fmt: skip
+    tuning: dict[float, dict[str, Any]] = {}
+    summaries: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    result: dict[str, Any] = {
+        "name": "SmolLM2-135M fine-tuned, converted against unconverted",
+        "date": str(datetime.date.today()),
+        "command": command("finetune_smollm2.py"),
+        "machine": machine(pick_device("auto")),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+    def best_rate() -> float:
+        return min(tuning, key=lambda rate: tuning[rate]["val_loss"])
 
     def at(rate: float, **settings: int) -> FinetuneConfig:
         return replace(base, optim=replace(base.optim, lr=rate), **settings)
 
-    short = max(1, given.steps // 3)
-    tuning = {
-        rate: trained(given.original, given.out / f"tune-{rate:g}", at(rate, steps=short)) for rate in given.rates
-    }
-    rate = min(tuning, key=lambda each: tuning[each])
-    losses = {
-        arm: [trained(model, given.out / f"{arm}-seed{seed}", at(rate, seed=seed)) for seed in range(given.seeds)]
-        for arm, model in (("prenorm", given.original), ("block", given.converted))
-    }
-    result = {
-        "name": "SmolLM2-135M fine-tuned, converted against unconverted",
-        "command": "python benchmarks/finetune_smollm2.py " + " ".join(sys.argv[1:]),
-        "machine": machine(pick_device("auto")),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        "rate": rate, "tuning": {f"{each:g}": loss for each, loss in tuning.items()},
-        "rows": seeds_rows("finetune-smollm2", losses["prenorm"], losses["block"]),
-    }  # fmt: skip
-    (given.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["rows"], indent=2))
+    def save() -> None:
+        losses = {f"{rate:g}": summary["val_loss"] for rate, summary in tuning.items()}
+        every = {arm: [summary["val_loss"] for summary in found] for arm, found in summaries.items()}
+        found = result | {"rate": best_rate(), "tuning": losses, "runs": every, "rows": rows_of(summaries)}
+        (given.out / "result.json").write_text(json.dumps(found, indent=2) + "\n")
+
+    def in_time() -> bool:
+        if time.monotonic() < end:
+            return True
+        print(f"no more runs: {given.minutes:g} minutes are over", file=sys.stderr)
+        return False
+
+    for rate in given.rates:
+        if not in_time():
+            return
+        tuning[rate] = trained(given.original, given.out / f"tune-{rate:g}", at(rate, steps=max(1, given.steps // 3)))
+        save()
+    for seed in range(given.seeds):
+        for arm, model in zip(ARMS, (given.original, given.converted), strict=True):
+            if not in_time():
+                return
+            summaries[arm].append(trained(model, given.out / f"{arm}-seed{seed}", at(best_rate(), seed=seed)))
+            save()
+    print(json.dumps(rows_of(summaries), indent=2))
 
 
 if __name__ == "__main__":
