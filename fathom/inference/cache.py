@@ -51,6 +51,11 @@ class KVCache:
         """2 n for a token of a sequence's document n, 2 n + 1 for the one that ends it; zero if documents do not matter."""
 
     @property
+    def recurrent(self) -> tuple[Tensor, ...]:
+        """What a step computes from its own earlier value, so that running the step again changes it: nothing here."""
+        return ()
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
         return self.keys.nbytes + self.values.nbytes

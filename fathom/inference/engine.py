@@ -89,7 +89,7 @@ class Engine:
         """Tokens that each slot holds."""
         self.turn = 0
         """Counts the generations that have begun; only the latest may go on."""
-        self.graphs = DecodeGraphs(self.step, slots, capacity, self.device) if cuda_graphs else None
+        self.graphs = DecodeGraphs(self.step, capacity, self.device, self.cache.recurrent) if cuda_graphs else None
 
     @classmethod
     def load(
@@ -184,7 +184,8 @@ class Engine:
         ]
         positions = [max(0, length - 1) for length in self.lengths[: len(rows)]]
         if self.graphs is not None:
-            return self.graphs(tokens, positions)
+            used = (slot for slot in range(len(rows), self.slots) if self.lengths[slot])
+            return self.graphs(tokens, positions, next(used, self.slots))
         at = torch.tensor(positions, device=self.device).unsqueeze(1)
         return self.step(torch.tensor(tokens, device=self.device).unsqueeze(1), at, max(positions) + 1)
 

@@ -42,6 +42,11 @@ class KimiCache:
         """As in ``KVCache``."""
 
     @property
+    def recurrent(self) -> tuple[Tensor, ...]:
+        """As in ``KVCache``."""
+        return self.tails, self.states
+
+    @property
     def nbytes(self) -> int:
         """Bytes of states, tails and latents."""
         return self.latents.nbytes + self.tails.nbytes + self.states.nbytes

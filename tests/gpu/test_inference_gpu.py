@@ -79,6 +79,16 @@ def test_generation_with_graphs() -> None:
     assert answers[0] == answers[1]
 
 
+def test_a_step_leaves_the_other_slots_alone() -> None:
+    """Three rows of five slots in use: the graph of four rows would write to a slot that waits."""
+    plain, graphed = (Engine(build("block"), slots=5, cuda_graphs=graphs) for graphs in (False, True))
+    for engine in (plain, graphed):
+        engine.prefill(PROMPTS)
+        engine.decode([1, 2, 3])
+    expected, found = (engine.decode([1, 2, 3, 4, 5]) for engine in (plain, graphed))
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
 def test_cache_and_graphs_allocate_once() -> None:
     engine = Engine(build("block"), slots=4, cuda_graphs=True)
     engine.prefill(PROMPTS[:4])
