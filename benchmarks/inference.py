@@ -5,15 +5,17 @@
 
 prenorm        the engine of a PreNorm model, add and norm in one kernel
 block          the engine of Block AttnRes, two-phase
-full           the engine of Full AttnRes
+full           the engine of Full AttnRes; only where --arms names it, because its kernels take minutes to compile
 single-pass    Block AttnRes, one fused read over all sources at every site
 naive          Block AttnRes, one site at a time by the equations in plain PyTorch
 fla            Block AttnRes, one site at a time by flash-linear-attention's fused read (see peers.py)
 
 All arms share one network and one key/value cache, in bf16, and differ in the stream alone; the depth queries are random
-(std 0.02). Nothing is timed before the logits of all Block arms agree. Decode runs as a CUDA graph; times hold its launch and
-the copy of tokens to the GPU, not sampling. A round is every arm once; `over_prenorm` is the median over rounds of the ratio
-to PreNorm in the same round. Launches are the kernels of one decode step without a graph, counted by the profiler.
+(std 0.02). Nothing is timed before the logits of every arm, after a prefill and a decode step, are no further from those of the
+same rule in float32 than twice its plain equations in bf16. Decode runs as a CUDA graph; times hold its launch and the copy of
+tokens to the GPU, not sampling. A round is every arm once; `over_prenorm` is the median over rounds of the ratio to PreNorm in
+the same round. Launches are the kernels of one decode step without a graph, counted by the profiler. OUT/result.json is written
+anew after every case. Kernels are compiled first, by as many processes as there are cores, into Triton's cache on disk.
 """
 
 import argparse
@@ -21,126 +23,70 @@ import copy
 import datetime
 import json
 import statistics
-from dataclasses import dataclass, replace
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import peers
 import torch
-from arms import ListAttnRes, Unavailable, plain_read
+from inference_arms import ARMS, Shape, compiling, engines, network, plain_streams, shapes, streams
 from summarize import row
 from timing import Clock, command
 from torch import Tensor
 
-from fathom.inference.cache import KVCache
 from fathom.inference.engine import Engine
 from fathom.kernels import backend_for
-from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
-from fathom.residuals import make_stream
 from fathom.stream import Stream
 from fathom.train.environment import machine, pick_device
 
-QUERY_STD = 0.02
-AGREEMENT = 0.05
-"""Largest relative distance between two arms' logits: several times that of bf16 rounding at other places, far below a
-wrong term's."""
 
+def gate(base: Transformer, found: dict[str, Stream], shape: Shape, tiny: bool) -> dict[str, dict[str, float]]:
+    """Every arm's relative distance to the float32 logits of its rule, beside that of the plain equations in bf16.
 
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    config: ModelConfig
-    block_size: int
-
-
-def shapes(tiny: bool) -> list[Shape]:
-    common: dict[str, Any] = {"context": 8192, "vocab_size": 32768, "head_std": 1.0}
-    found = [
-        # 0.97 B parameters, N = 8.
-        Shape("d2048", ModelConfig(dim=2048, num_layers=16, num_heads=16, mlp_dim=5632, **common), 4),
-        # The shape of Kimi Linear 48B's dense part: 27 decoder layers, S = 6.
-        Shape("d2304", ModelConfig(dim=2304, num_layers=27, num_heads=18, mlp_dim=6336, **common), 6),
-    ]
-    if not tiny:
-        return found
-    small = {"dim": 64, "num_layers": 5, "num_heads": 2, "mlp_dim": 96, "context": 128, "vocab_size": 256}
-    return [Shape(f"{shape.name}-tiny", replace(shape.config, **small), shape.block_size) for shape in found]
-
-
-def network(shape: Shape, device: torch.device) -> Transformer:
-    return Transformer(replace(shape.config, residual=ResidualConfig(rule="prenorm"))).to(device)
-
-
-def streams(shape: Shape, device: torch.device) -> dict[str, Stream]:
-    """The stream of every arm that can run here."""
-    config, blocks = shape.config, ResidualConfig(rule="block", block_size=shape.block_size)
-    residuals = {
-        "prenorm": ResidualConfig(rule="prenorm"),
-        "block": blocks,
-        "full": ResidualConfig(rule="full"),
-        "single-pass": replace(blocks, schedule="single_pass"),
-    }
-    found = {name: make_stream(r, config.num_sublayers, config.dim).to(device) for name, r in residuals.items()}
-    generator = torch.Generator().manual_seed(0)
-    queries = QUERY_STD * torch.randn(config.num_sublayers + 1, config.dim, generator=generator)
-    with torch.no_grad():
-        for name in ("block", "full", "single-pass"):
-            cast(Tensor, found[name].query).copy_(queries)
-    case = SimpleNamespace(num_sublayers=config.num_sublayers, dim=config.dim, block_size=shape.block_size)
-    workload = SimpleNamespace(case=case, queries=queries.to(device), gains=torch.ones_like(queries).to(device))
-    found["naive"] = ListAttnRes(cast(Any, workload), plain_read, compiled_norms=False)
-    try:
-        found["fla"] = fla_stream(workload, device)
-    except Unavailable as reason:
-        print(f"fla: left out: {reason}")
-    return found
-
-
-def fla_stream(workload: SimpleNamespace, device: torch.device) -> ListAttnRes:
-    if device.type != "cuda":
-        raise Unavailable("its kernels need a GPU")
-    fused_attnres = peers.load("fla.ops.attnres").fused_attnres
-
-    def read(
-        bank: tuple[Tensor, ...], partial: Tensor | None, output: Tensor, query: Tensor, gain: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        total = peers.add(partial, output)
-        return total, fused_attnres(query, (*bank, total), gain, output_rms_weight=weight, rms_eps=1e-6)
-
-    return ListAttnRes(cast(Any, workload), read, compiled_norms=False)
-
-
-def engines(
-    base: Transformer, found: dict[str, Stream], slots: int, capacity: int, device: torch.device
-) -> dict[str, Engine]:
-    """An engine of every arm, all on one network and one cache."""
-    made: dict[str, Engine] = {}
-    shared: KVCache | None = None
-    for name, stream in found.items():
-        model = copy.copy(base)
-        model._modules = dict(base._modules)
-        model.stream = stream
-        engine = Engine(model, slots=slots, capacity=capacity, dtype=torch.bfloat16, cuda_graphs=device.type == "cuda")
-        shared = engine.cache = engine.cache if shared is None else shared
-        made[name] = engine
-    return made
-
-
-def gate(arms: dict[str, Engine], vocab_size: int) -> dict[str, float]:
-    """The relative distance of every Block arm's logits, after prefill and decode, to the naive arm's."""
+    An arm of other people's that fails is taken out of ``found``; any other that fails, or is too far off, ends the benchmark.
+    """
+    device, vocab_size = base.embedding.weight.device, shape.config.vocab_size
+    rows, longest = (4, 64) if tiny else (16, 512)
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in (29, 64)]
-    logits = {}
-    for name, engine in arms.items():
-        if name not in ("prenorm", "full"):
-            logits[name] = torch.cat((engine.prefill(prompts), engine.decode([1, 2]))).float()
-    found = {name: float((got - logits["naive"]).norm() / logits["naive"].norm()) for name, got in logits.items()}
-    for name, distance in found.items():
-        if not distance < AGREEMENT:  # nor NaN
-            raise SystemExit(f"{name} differs from naive by {distance:.2g}: it is wrong, and nothing was timed")
-    return found
+    lengths = [longest - 5 * row for row in range(rows)]
+    prompts = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+    def logits(engine: Engine) -> Tensor:
+        return torch.cat((engine.prefill(prompts), engine.decode(list(range(rows))))).float()
+
+    plain = {rule: stream for rule, stream in plain_streams(shape, device).items() if rule in found or rule == "block"}
+    rounded = {name: logits(engine) for name, engine in engines(base, plain, rows, longest + 16).items()}
+    # After the engines above have rounded the weights.
+    exact_base = copy.deepcopy(base).float()
+    exact = {
+        name: logits(engine) for name, engine in engines(exact_base, plain, rows, longest + 16, torch.float32).items()
+    }
+    del exact_base
+    distances: dict[str, dict[str, float]] = {}
+    for name, engine in engines(base, found, rows, longest + 16).items():
+        rule = name if name in exact else "block"
+        try:
+            got = logits(engine)
+        except Exception as error:
+            if name != "fla":
+                raise
+            print(f"{name}: left out: {type(error).__name__}: {error}")
+            del found[name]
+            continue
+        distances[name] = {
+            key: float((each - exact[rule]).norm() / exact[rule].norm())
+            for key, each in (("arm", got), ("plain", rounded[rule]))
+        }
+        print(
+            f"{shape.name}: {name} is {distances[name]['arm']:.2g} from float32, plain bf16 {distances[name]['plain']:.2g}"
+        )
+        if not distances[name]["arm"] <= 2 * distances[name]["plain"]:  # nor NaN
+            raise SystemExit(f"{name} is wrong, and nothing was timed: {distances[name]}")
+    return distances
 
 
 def decode_steps(engine: Engine, batch: int, context: int, steps: int) -> None:
@@ -183,56 +129,77 @@ def rows_of(case: str, metric: str, times: dict[str, list[float]]) -> list[dict[
     return found
 
 
+def measure(
+    shape: Shape, base: Transformer, found: dict[str, Stream], clock: Clock, options: argparse.Namespace, scale: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each case, one case after the other."""
+    for batch, length in ((1, 8192 // scale), (8, 2048 // scale)):
+        arms = engines(base, found, batch, length)
+        prompts = [[1] * length] * batch
+        times = timed(clock, arms, lambda engine, p=prompts: engine.prefill(p), 1, options.rounds)
+        del arms
+        yield rows_of(f"prefill-{batch}x{length}-{shape.name}", "prefill_ms", times)
+    context = 2048 // scale
+    for batch in (1, 16, 64):
+        arms = engines(base, found, batch, context + options.steps)
+        case = f"decode-b{batch}-{shape.name}"
+        times = timed(
+            clock, arms, lambda engine, b=batch: decode_steps(engine, b, context, options.steps), options.steps, options.rounds
+        )  # fmt: skip
+        rows = rows_of(case, "decode_ms", times)
+        if clock.cuda and batch == 1:
+            rows += launch_rows(case, {name: launches(engine, batch, context) for name, engine in arms.items()})
+        del arms
+        yield rows
+
+
+def launch_rows(case: str, counts: dict[str, int]) -> list[dict[str, Any]]:
+    if not counts["prenorm"]:
+        print(f"{case}: the profiler saw no kernels, so that launches are not counted")
+        return []
+    more = counts.get("block", counts["prenorm"]) - counts["prenorm"]
+    print(f"{case}: a decode step of block has {more} more launches than one of prenorm: {counts}")
+    return [
+        row(case, name, "launches", "kernels", [count], over_prenorm=None if name == "prenorm" else count / counts["prenorm"])
+        for name, count in counts.items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tiny", action="store_true", help="shapes and lengths that a CPU runs in moments")
     parser.add_argument("--shapes", nargs="+", default=["d2048", "d2304"])
-    parser.add_argument("--arms", nargs="+", help="these beside prenorm and naive; all if not given")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[name for name in ARMS if name != "full"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=32, help="decode steps of one turn")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case later than this")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
     device = pick_device(options.device)
-    clock, scale = Clock(device), 64 if options.tiny else 1
-    rows: list[dict[str, Any]] = []
-    gates: dict[str, Any] = {}
-    for shape in shapes(options.tiny):
-        if shape.name.removesuffix("-tiny") not in options.shapes:
-            continue
-        base, found = network(shape, device), streams(shape, device)
-        kept = {*(options.arms or found), "prenorm", "naive"}
-        found = {name: stream for name, stream in found.items() if name in kept}
-        gates[shape.name] = gate(engines(base, found, 2, 96, device), shape.config.vocab_size)
-        for batch, length in ((1, 8192 // scale), (8, 2048 // scale)):
-            arms = engines(base, found, batch, length, device)
-            prompts = [[1] * length] * batch
-            times = timed(clock, arms, lambda engine, p=prompts: engine.prefill(p), 1, options.rounds)
-            rows += rows_of(f"prefill-{batch}x{length}-{shape.name}", "prefill_ms", times)
-        context = 2048 // scale
-        for batch in (1, 16, 64):
-            arms = engines(base, found, batch, context + options.steps, device)
-            case = f"decode-b{batch}-{shape.name}"
-            times = timed(
-                clock, arms, lambda engine, b=batch, c=context: decode_steps(engine, b, c, options.steps),
-                options.steps, options.rounds,
-            )  # fmt: skip
-            rows += rows_of(case, "decode_ms", times)
-            if device.type == "cuda" and batch == 1:
-                counts = {name: launches(engine, batch, context) for name, engine in arms.items()}
-                for name, count in counts.items():
-                    rows.append(row(case, name, "launches", "kernels", [count], over_prenorm=count / counts["prenorm"]))
-                more = counts.get("block", counts["prenorm"]) - counts["prenorm"]
-                print(f"{case}: a decode step of block has {more} more launches than one of prenorm: {counts}")
-            del arms
     options.out.mkdir(parents=True, exist_ok=True)
-    result = {
+    result: dict[str, Any] = {
         "name": "inference", "date": str(datetime.date.today()), "command": command("inference.py"),
         "machine": machine(device),
         "versions": {"torch": torch.__version__, "backend": backend_for(device), **peers.versions()},
-        "gate": gates, "rows": rows,
+        "gate": {}, "rows": [],
     }  # fmt: skip
-    (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    chosen = [shape for shape in shapes(options.tiny) if shape.name.removesuffix("-tiny") in options.shapes]
+    names = [name for name in ARMS if name in options.arms or name == "prenorm"]
+    with compiling(names, chosen, device), ThreadPoolExecutor() as pool:
+        networks = list(pool.map(network, chosen))
+    clock = Clock(device)
+    for shape in chosen:
+        base, found = networks.pop(0).to(device), streams(names, shape, device)
+        result["gate"][shape.name] = gate(base, found, shape, options.tiny)
+        for rows in measure(shape, base, found, clock, options, 64 if options.tiny else 1):
+            result["rows"] += rows
+            (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+            if time.monotonic() > end:
+                print(f"no more cases: {options.minutes:g} minutes are over", file=sys.stderr)
+                return
+        del base, found
 
 
 if __name__ == "__main__":

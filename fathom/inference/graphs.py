@@ -5,6 +5,7 @@ tokens and positions are copied into the tensors that the graph reads. The graph
 replay computes is copied out before the next one.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,6 +57,7 @@ class DecodeGraphs:
         torch.cuda.current_stream(self._device).wait_stream(side)
         for state, kept in zip(self._recurrent, before, strict=True):
             state.copy_(kept)
+        gc.collect()  # garbage that holds GPU memory would spoil the capture if it were freed in the middle of it
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self._step(tokens, positions, self._capacity)
