@@ -1,7 +1,8 @@
 """Checkpoints that load on any number of ranks: DCP, under the names that the whole network has on one device.
 
 Parameters and optimizer tensors are saved by name, those of the stream row by row (``stream.query.7`` is site 7's), so that
-where stages are cut leaves no trace: what was saved at one P, V or sharding loads at another, or in one process, bit for bit.
+where stages are cut leaves no trace, nor do the heads that a rank has: what was saved at one P, V, tp or sharding loads at
+another, or in one process, bit for bit.
 
     <folder>/
         *.distcp, .metadata      DCP's
@@ -30,6 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fathom import sealed
 from fathom.errors import UserError
 from fathom.parallel.stages import Stage
+from fathom.parallel.tensor import Pieces, SplitLinear
 
 Optimizers = Sequence[torch.optim.Optimizer]
 
@@ -170,6 +172,9 @@ def spread(model: nn.Module, full: Optimizers, parts: Sequence[nn.Module], optim
 
 
 def _copy(into: Tensor, whole: Tensor) -> None:
+    if isinstance(into, Pieces):
+        into.fill_from(whole)
+        return
     whole = whole.to(into.device)
     into.copy_(distribute_tensor(whole, into.device_mesh, into.placements) if isinstance(into, DTensor) else whole)
 
@@ -190,6 +195,9 @@ def _state(
             kinds = {f"optimizer.{key}": v for key, v in kept.get(parameter, {}).items() if isinstance(v, Tensor)}
             for kind, tensor in {"model": parameter.detach(), **kinds}.items():
                 if not name.startswith("stream."):
+                    owner = part.get_submodule(name.rpartition(".")[0])
+                    if isinstance(owner, SplitLinear) and tensor.ndim == 2:
+                        tensor = owner.pieces(tensor)
                     tensors[f"{kind}.{name}"] = tensor
                     continue
                 if isinstance(tensor, DTensor):

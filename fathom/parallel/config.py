@@ -23,7 +23,7 @@ class ParallelConfig:
     dp: int = 1
     """Parts of the batch, each on other ranks, over which FSDP2 also spreads the parameters."""
     tp: int = 1
-    """Ranks that share one sublayer: 1, as tensor parallelism is not there yet."""
+    """Ranks that share each sublayer by heads and MLP columns, and the stream by tokens."""
     cache: bool = True
     """Keep sources on the pipeline ranks that have seen them, so that a hop carries the others only."""
     schedule: str = "1f1b"
@@ -35,11 +35,6 @@ class ParallelConfig:
         for name, count in (("pp", self.pp), ("virtual", self.virtual), ("dp", self.dp), ("tp", self.tp)):
             if count < 1:
                 raise UserError(f"parallel.{name} is {count}: it must be at least 1")
-        if self.tp > 1:
-            raise UserError(
-                f"parallel.tp is {self.tp}: a sublayer is not cut over ranks yet, because its fused projections (query, key "
-                "and value; gate and up) have no split by heads; use parallel.dp or parallel.pp"
-            )
         if self.virtual > 1 and self.pp == 1:
             raise UserError(f"parallel.virtual is {self.virtual}, but parallel.pp is 1: several stages need a pipeline")
         check_schedule(self.schedule, self.virtual)
@@ -61,7 +56,7 @@ class Counts:
     dp: int | None = None
     """Parts of the batch."""
     tp: int | None = None
-    """Ranks that share one sublayer."""
+    """Ranks that share each sublayer."""
 
 
 def check_schedule(schedule: str, num_virtual: int) -> None:

@@ -25,6 +25,7 @@ from fathom.parallel.config import Recompute, check_micro_batches, check_schedul
 from fathom.parallel.plan import Plan, make_plan
 from fathom.parallel.shard import reshard, shard
 from fathom.parallel.stages import Sources, Stage
+from fathom.parallel.tensor import own_tokens
 
 # On an error torch prints every rank's whole schedule, on every rank; the error itself says what it was.
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
@@ -188,6 +189,7 @@ class Pipeline:
         dtype: of the stream in the hops; the parameters' if not given. With bf16 the stages run under autocast.
         group: of the P ranks; all ranks if not given.
         dp: the mesh axis of the ranks that run the same stages on other parts of the batch; FSDP2 shards the stages over it.
+        tp: the mesh axis of the ranks that share the sublayers of ``model``, split already: hops carry each one's own tokens.
         device: where the stages are moved to; where the model is if not given.
         compile: compile each sublayer with ``torch.compile``.
         recompute: what of a stage's activations is computed again in the backward pass.
@@ -207,12 +209,14 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         group: dist.ProcessGroup | None = None,
         dp: DeviceMesh | None = None,
+        tp: DeviceMesh | None = None,
         device: torch.device | None = None,
         compile: bool = False,
         recompute: Recompute = "none",
     ) -> None:
         check_schedule(schedule, num_virtual)
-        self.group, self.dp = group, dp
+        self.group, self.dp, self.tp = group, dp, tp
+        shares = 1 if tp is None else tp.size()
         self.num_micro_batches, self.micro_batch = num_micro_batches, micro_batch
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         check_micro_batches(num_micro_batches, schedule, self.num_ranks, num_virtual)
@@ -224,7 +228,7 @@ class Pipeline:
             Stage(model, self.plan, index, recompute=recompute).to(device)
             for index in range(self.rank, self.plan.num_stages, self.num_ranks)
         ]
-        shape = (micro_batch, length, model.config.dim)
+        shape = (micro_batch, length // shares, model.config.dim)
         like = torch.empty(shape, dtype=dtype or model.head.weight.dtype, device="meta", requires_grad=True)
         for stage in self.stages:
             stage.bank, stage.keep = self.cache.bank, self.cache.keep
@@ -238,7 +242,14 @@ class Pipeline:
                  "looped_bfs": ScheduleLoopedBFS}  # fmt: skip
         kind: Any = kinds[schedule]
         single = kind in (ScheduleGPipe, Schedule1F1B)
-        self.schedule = kind(parts[0] if single else parts, num_micro_batches, loss_fn=next_token_loss)
+
+        def share_of_loss(logits: Tensor, targets: Tensor) -> Tensor:
+            return next_token_loss(logits, targets) / shares
+
+        self.schedule = kind(parts[0] if single else parts, num_micro_batches, loss_fn=share_of_loss)
+
+    def _own(self, targets: Tensor) -> Tensor:
+        return targets if self.tp is None else own_tokens(targets, self.tp)
 
     def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward of a batch [B, T], which every rank of the pipeline gives; returns its mean loss on every rank.
@@ -247,7 +258,7 @@ class Pipeline:
         batch, and loss and gradients are means over all parts.
         """
         losses: list[Tensor] = []
-        self.schedule.step(tokens=tokens, target=targets, losses=losses, return_outputs=False)
+        self.schedule.step(tokens=tokens, target=self._own(targets), losses=losses, return_outputs=False)
         loss = torch.stack(losses).mean() if losses else torch.zeros((), device=tokens.device)
         return self._everywhere(loss) / (1 if self.dp is None else self.dp.size())
 
@@ -268,7 +279,7 @@ class Pipeline:
             rows = tokens.new_zeros(filled.shape)
             rows[: len(real)] = tokens[here]
             losses: list[Tensor] = []
-            self.schedule.eval(tokens=rows, target=filled, losses=losses, return_outputs=False)
+            self.schedule.eval(tokens=rows, target=self._own(filled), losses=losses, return_outputs=False)
             for loss, part in zip(losses, filled.split(self.micro_batch), strict=bool(losses)):
                 if count := int((part[:, 0] != IGNORED).sum()):
                     total += loss.double() * count
@@ -277,9 +288,10 @@ class Pipeline:
         return self._everywhere(total) / len(tokens)
 
     def _everywhere(self, loss: Tensor) -> Tensor:
-        """The last rank's ``loss`` on all of the pipeline, and summed over ``dp``."""
+        """The last rank's ``loss`` on all of the pipeline, and summed over ``dp`` and ``tp``."""
         loss = loss.detach().to(torch.promote_types(self.stages[0].cos.dtype, torch.float64))
         dist.broadcast(loss, group=self.group, group_src=self.num_ranks - 1)
-        if self.dp is not None:
-            dist.all_reduce(loss, group=self.dp.get_group())
+        for axis in (self.dp, self.tp):
+            if axis is not None:
+                dist.all_reduce(loss, group=axis.get_group())
         return loss

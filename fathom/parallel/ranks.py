@@ -58,7 +58,9 @@ class Ranks:
         """For what processes tell each other; ``background`` for what a thread of theirs does beside the training."""
         self.background = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self.watch = Watch(self.number, self.size, os.environ.get("MASTER_ADDR", "localhost"), self._from_first)
-        self.mesh = init_device_mesh(device.type, (parallel.dp, parallel.pp), mesh_dim_names=("dp", "pp"))
+        self.mesh = init_device_mesh(
+            device.type, (parallel.dp, parallel.pp, parallel.tp), mesh_dim_names=("dp", "pp", "tp")
+        )
 
     @property
     def first(self) -> bool:
@@ -66,7 +68,7 @@ class Ranks:
         return self.number == 0
 
     def axis(self, name: str) -> DeviceMesh | None:
-        """The mesh axis ``dp`` or ``pp``, if it has more than one rank."""
+        """The mesh axis ``dp``, ``pp`` or ``tp``, if it has more than one rank."""
         axis = None if self.mesh is None else self.mesh[name]
         return None if axis is None or axis.size() == 1 else axis
 

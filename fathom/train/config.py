@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fathom.errors import UserError
-from fathom.models.config import ModelConfig
+from fathom.models.config import SWITCHES, ModelConfig
 from fathom.models.kimi_config import KimiConfig
 from fathom.parallel.config import ParallelConfig, check_micro_batches
 
@@ -143,6 +143,26 @@ class RunConfig:
                 raise UserError(f"compile model does not work {what}: use layers")
             if self.dynamics_every:
                 raise UserError(f"dynamics_every is {self.dynamics_every}: dynamics are not recorded {what}")
+        if p.tp > 1:
+            self._check_tensor_parallel()
+
+    def _check_tensor_parallel(self) -> None:
+        model, tp = self.model, self.parallel.tp
+        for name, count in (
+            ("model.num_heads", model.num_heads), ("the count of key/value heads", model.kv_heads),
+            ("the width of the MLP", model.mlp_width), ("model.context", model.context),
+        ):  # fmt: skip
+            if count % tp:
+                raise UserError(f"{name} is {count}: parallel.tp, {tp}, must divide it")
+        residual = model.residual
+        if residual.rule not in ("prenorm", "full", "block") or any(getattr(residual, s) is not None for s in SWITCHES):
+            raise UserError(
+                f"parallel.tp is {tp}: prenorm, full and block without switches are split over ranks, not {residual.rule}"
+            )
+        if self.optim.optimizer == "muon":
+            raise UserError(
+                f"parallel.tp is {tp}: muon orthogonalises whole matrices, of which each rank has a part; use adamw"
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -92,6 +92,9 @@ def make_network(model: Transformer, config: RunConfig, ranks: Ranks) -> Network
     """The network of ``config`` on ``ranks``, which takes its modules out of ``model``."""
     if config.parallel.size == 1 and config.parallel.recompute == "none":
         return Network(model, config, ranks.device)
+    from fathom.parallel.tensor import split_sublayers
     from fathom.train.ranks import PipelinedNetwork, ShardedNetwork
 
+    if tp := ranks.axis("tp"):
+        split_sublayers(model, tp)
     return (PipelinedNetwork if config.parallel.pp > 1 else ShardedNetwork)(model, config, ranks)

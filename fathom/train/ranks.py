@@ -6,6 +6,7 @@ Every process takes part in each of these calls, and all get the same numbers fr
 import math
 import sys
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from fathom.parallel.plan import describe, whole
 from fathom.parallel.ranks import Ranks
 from fathom.parallel.shard import reshard, shard
 from fathom.parallel.stages import Stage
+from fathom.parallel.tensor import own_tokens, split_parameters, sum_gradients
 from fathom.train import checkpoint
 from fathom.train.checkpoint import Progress
 from fathom.train.config import RunConfig
@@ -47,17 +49,28 @@ class _SeveralNetwork(Network):
         return range(first, first + size)
 
     def clip(self) -> Tensor:
-        gradients = [(p, p.grad) for part in self.parts for p in part.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([gradient for _, gradient in gradients])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if pp := self.ranks.axis("pp"):
-            square = norm.double().square()
+        """As ``Network.clip``, for the whole network; gradients of what the ranks of ``tp`` all have are made whole first."""
+        tp, pp = self.ranks.axis("tp"), self.ranks.axis("pp")
+        if tp is not None:
+            sum_gradients(self.parts, tp)
+        own = split_parameters(self.parts)
+        parameters = [p for part in self.parts for p in part.parameters() if p.grad is not None]
+        square = self._square([p for p in parameters if p in own])
+        if tp is not None:
+            dist.all_reduce(square, group=tp.get_group())
+        square += self._square([p for p in parameters if p not in own])
+        if pp is not None:
             dist.all_reduce(square, group=pp.get_group())
-            norm = square.sqrt().to(norm.dtype)
-        limit = self.config.optim.clip or math.inf
-        torch.nn.utils.clip_grads_with_norm_([parameter for parameter, _ in gradients], limit, norm)
+        norm = square.sqrt().to(parameters[0].dtype)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip or math.inf, norm)
         return norm
+
+    def _square(self, parameters: list[nn.Parameter]) -> Tensor:
+        """The square of the norm of their gradients, [] in float64."""
+        if not parameters:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double().square()
 
     def load(self, folder: Path) -> None:
         if checkpoint.saved_by_several(folder):
@@ -94,7 +107,7 @@ class _SeveralNetwork(Network):
 
 
 class ShardedNetwork(_SeveralNetwork):
-    """All sublayers on every process, their parameters spread over ``dp``; each takes its part of the batch."""
+    """All sublayers, or its part of each, on every process, parameters spread over ``dp``; each takes its part of the batch."""
 
     def __init__(self, model: Transformer, config: RunConfig, ranks: Ranks) -> None:
         recompute = config.parallel.recompute
@@ -117,8 +130,13 @@ class ShardedNetwork(_SeveralNetwork):
         return [range(at, at + size) for at in range(first + share.start, first + share.stop, size)]
 
     def _mean_loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """This process's share of it: the shares of ``tp`` add up."""
+        tp = self.ranks.axis("tp")
+        if tp is not None:
+            targets = own_tokens(targets, tp)
         with self._autocast():
-            return next_token_loss(self.network(tokens=tokens), targets)
+            loss = next_token_loss(self.network(tokens=tokens), targets)
+        return loss if tp is None else loss / tp.size()
 
     def backward(self, tokens: Tensor, targets: Tensor, share: float) -> Tensor:
         loss = self._mean_loss(tokens, targets) * share
@@ -129,8 +147,9 @@ class ShardedNetwork(_SeveralNetwork):
         return self._summed(torch.stack(losses).sum()) / self.config.parallel.dp
 
     def _summed(self, value: Tensor) -> Tensor:
-        if dp := self.ranks.axis("dp"):
-            dist.all_reduce(value, group=dp.get_group())
+        for axis in (self.ranks.axis("dp"), self.ranks.axis("tp")):
+            if axis is not None:
+                dist.all_reduce(value, group=axis.get_group())
         return value
 
     @torch.no_grad()
@@ -155,7 +174,7 @@ class PipelinedNetwork(_SeveralNetwork):
         self.pipeline = Pipeline(
             model, num_virtual=parallel.virtual, num_micro_batches=config.num_micro_batches,
             micro_batch=config.data.batch // parallel.dp // config.num_micro_batches, length=config.model.context,
-            cache=parallel.cache, schedule=parallel.schedule, group=pp.get_group(), dp=ranks.axis("dp"),
+            cache=parallel.cache, schedule=parallel.schedule, group=pp.get_group(), dp=ranks.axis("dp"), tp=ranks.axis("tp"),
             dtype=torch.bfloat16 if config.precision == "bf16" else None, device=ranks.device,
             compile=config.compile == "layers", recompute=parallel.recompute,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
 from fathom.parallel.config import Recompute
 
-MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, 2, 5
+MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, 2, 6
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,17 @@ class Case:
     recompute: Recompute = "none"
     dp: int = 1
     """Pipelines side by side; with as many as ranks there is no pipeline, only FSDP2."""
+    tp: int = 1
+    """Ranks that share each sublayer."""
 
     @property
     def pp(self) -> int:
-        return self.world // self.dp
+        return self.world // self.dp // self.tp
 
     def config(self) -> ModelConfig:
         return ModelConfig(
-            vocab_size=17, context=LENGTH, dim=8, num_layers=self.num_layers, num_heads=2, head_std=1.0,
-            document_mask=self.document_mask, residual=self.residual,
+            vocab_size=17, context=LENGTH, dim=8, num_layers=self.num_layers, num_heads=4, num_kv_heads=2,
+            head_std=1.0, document_mask=self.document_mask, residual=self.residual,
         )  # fmt: skip
 
 
@@ -82,6 +84,14 @@ CASES = {
     "4-fsdp-v2": Case(4, 2, _block(5), 5, dp=2),
     "4-fsdp-recompute": Case(4, 2, _block(5), 5, dp=2, recompute="full"),
     "4-fsdp-v2-naive": Case(4, 2, _block(5), 5, dp=2, cache=False),
+    "2-tp-prenorm": Case(2, 1, ResidualConfig(rule="prenorm"), 2, tp=2),
+    "2-tp-block": Case(2, 1, _block(3), 3, tp=2),
+    "2-tp-full": Case(2, 1, ResidualConfig(rule="full"), 2, tp=2, document_mask=True),
+    "2-tp-recompute": Case(2, 1, _block(3), 3, tp=2, recompute="full"),
+    "4-tp-fsdp": Case(4, 1, _block(3), 3, tp=2, dp=2),
+    "4-tp-fsdp-full": Case(4, 1, ResidualConfig(rule="full"), 2, tp=2, dp=2),
+    "4-tp-prenorm": Case(4, 2, ResidualConfig(rule="prenorm"), 3, tp=2),
+    "4-tp-v2": Case(4, 2, _block(5), 5, tp=2),
 }  # fmt: skip
 
 
@@ -101,5 +111,12 @@ def batch(case: Case) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-LAYOUTS = {"p4": Case(4, 1, _block(5), 5), "p2-dp2": Case(4, 2, _block(5), 5, dp=2), "p2": Case(2, 2, _block(5), 5)}
+LAYOUTS = {
+    "p4": Case(4, 1, _block(5), 5),
+    "p2-dp2": Case(4, 2, _block(5), 5, dp=2),
+    "tp2-dp2": Case(4, 1, _block(5), 5, tp=2, dp=2),
+    "p2-tp2": Case(4, 2, _block(5), 5, tp=2),
+    "p2": Case(2, 2, _block(5), 5),
+    "tp2": Case(2, 1, _block(5), 5, tp=2),
+}
 """Cuts of one network, under which a checkpoint is saved (the first) and loaded (all)."""

@@ -18,11 +18,17 @@ from fathom.train.checkpoint import checkpoints
 from fathom.train.config import DataConfig, OptimConfig, RunConfig
 
 LAYOUTS = {
-    2: {"pp2": ParallelConfig(pp=2), "pp2-v2-full": ParallelConfig(pp=2, virtual=2, recompute="full")},
+    2: {
+        "pp2": ParallelConfig(pp=2),
+        "pp2-v2-full": ParallelConfig(pp=2, virtual=2, recompute="full"),
+        "tp2": ParallelConfig(tp=2),
+    },
     4: {
         "pp2-v2-dp2": ParallelConfig(pp=2, virtual=2, dp=2),
         "pp4": ParallelConfig(pp=4, schedule="looped_bfs"),
         "dp4": ParallelConfig(dp=4),
+        "tp2-dp2": ParallelConfig(tp=2, dp=2),
+        "pp2-tp2": ParallelConfig(pp=2, virtual=2, tp=2),
         "dp4-selective": ParallelConfig(dp=4, recompute="selective"),
     },
 }
@@ -30,6 +36,7 @@ LAYOUTS = {
 ROUGH = {
     "pp2-bf16": {"precision": "bf16", "parallel": ParallelConfig(pp=2, virtual=2)},
     "dp2-bf16-compiled": {"precision": "bf16", "compile": "layers", "parallel": ParallelConfig(dp=2)},
+    "tp2-bf16-compiled": {"precision": "bf16", "compile": "layers", "parallel": ParallelConfig(tp=2)},
 }
 """What two processes train as well, in float32, for the steps of the warm-up."""
 ORIGIN = "pp2-v2-dp2"
@@ -37,9 +44,12 @@ BEFORE = {
     "pp2-v2-dp2": "alone",
     "pp4": ORIGIN,
     "dp4": "alone",
-    "dp4-selective": ORIGIN,
+    "tp2-dp2": ORIGIN,
+    "pp2-tp2": "tp2-dp2",
+    "dp4-selective": "pp2-tp2",
     "pp2": ORIGIN,
     "pp2-v2-full": "alone",
+    "tp2": "tp2-dp2",
 }
 """Whose: ``alone`` is one process's."""
 STEPS, MIDDLE = 6, 3

@@ -1,6 +1,7 @@
 """Pipelines on gloo: every case of cases.py in real processes, against one process on the same global batch, in float64."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,6 +29,11 @@ def control(case: Case) -> tuple[Tensor, Transformer]:
     return loss.detach(), model
 
 
+def pipeline_ranks(case: Case, ranks: Ranks) -> Ranks:
+    """One of each stage, of the first pipeline."""
+    return ranks[: case.pp * case.tp : case.tp]
+
+
 def whole(plan: Plan, ranks: Ranks, step: int) -> dict[str, Tensor]:
     """The gradients of all stages under the whole model's names; the stream's rows are put together again."""
     found: dict[str, Tensor] = {}
@@ -51,10 +57,15 @@ def test_equals_one_process(name: str, results: Callable[[str], Ranks]) -> None:
     for step in range(2):  # a second step, because the first must leave nothing behind
         for rank in ranks:
             assert abs(rank["steps"][step][0] - loss) <= TOLERANCE * abs(loss)
+        for first, second in pairwise(ranks[: case.tp]):
+            assert all(
+                torch.equal(gradient, second["steps"][step][1][key])
+                for key, gradient in first["steps"][step][1].items()
+            )
         if case.pp == 1:
             gradients = {key: gradient for (_, key), gradient in ranks[0]["steps"][step][1].items()}
         else:
-            gradients = whole(plan_of(case), ranks[: case.pp], step)
+            gradients = whole(plan_of(case), pipeline_ranks(case, ranks), step)
         assert gradients.keys() == names
         for key, parameter in model.named_parameters():
             assert parameter.grad is not None
@@ -83,28 +94,33 @@ def test_bytes_sent(name: str, results: Callable[[str], Ranks]) -> None:
     case, plan = CASES[name], plan_of(CASES[name])
     expected = hops(case)
     assert expected == {stage: plan.tensors(stage) for stage in expected}
-    ranks = results(name)[: case.pp]
+    ranks = pipeline_ranks(case, results(name))
     sent = {key: size for rank in ranks for key, size in rank["traffic"].items()}
     assert sum(len(rank["traffic"]) for rank in ranks) == len(sent)
-    unit = 2 * MICRO_BATCHES // case.dp * TENSOR  # two steps
+    unit = 2 * MICRO_BATCHES // case.dp * TENSOR // case.tp  # two steps
     assert sent == {(stage, way): count * unit for stage, count in expected.items() for way in ("forward", "backward")}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_parameter_is_on_one_rank(name: str, results: Callable[[str], Ranks]) -> None:
-    whole_model = sum(parameter.numel() for parameter in network(CASES[name]).parameters())
-    assert sum(rank["local"] for rank in results(name)) == whole_model
+    """But for what all ranks of ``tp`` have: all but the matrices of sublayers."""
+    case, model = CASES[name], network(CASES[name])
+    split = sum(p.numel() for part in model.sublayers for key, p in part.named_parameters() if "norm" not in key)
+    all_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(rank["local"] for rank in results(name)) == all_parameters + (case.tp - 1) * (all_parameters - split)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].virtual > 1])
 def test_memory(name: str, results: Callable[[str], Ranks]) -> None:
     """With the cache a rank has one copy of each source; nothing stays when the micro-batches have ended."""
     case, plan = CASES[name], plan_of(CASES[name])
-    for index, rank in enumerate(results(name)):
+    tensor = TENSOR // case.tp
+    for number, rank in enumerate(results(name)):
+        index = number // case.tp % case.pp
         assert rank["left"] == 0
         if case.cache:
             assert rank["copies"] == 1
-            kept = [plan.finished(s + 1) for s in range(index % case.pp, plan.num_stages, case.pp) if plan.keeps(s)]
-            assert rank["most"] <= MICRO_BATCHES * kept[-1] * TENSOR if kept else rank["most"] == 0
+            kept = [plan.finished(s + 1) for s in range(index, plan.num_stages, case.pp) if plan.keeps(s)]
+            assert rank["most"] <= MICRO_BATCHES * kept[-1] * tensor if kept else rank["most"] == 0
         else:
             assert rank["most"] == 0

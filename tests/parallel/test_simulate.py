@@ -32,7 +32,7 @@ def test_the_order_is_the_engines(name: str, results: Callable[[str], Ranks]) ->
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "name", [n for n in CASES if CASES[n].pp > 1 and CASES[n].dp == 1 and CASES[n].schedule == "1f1b"]
+    "name", [n for n, c in CASES.items() if c.pp > 1 and c.dp == c.tp == 1 and c.schedule == "1f1b"]
 )
 def test_the_bytes_are_those_that_processes_sent(name: str, results: Callable[[str], Ranks]) -> None:
     case = CASES[name]

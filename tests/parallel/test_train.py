@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from fathom.errors import UserError
+from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.parallel.config import ParallelConfig
 from fathom.train import loop
 from fathom.train.checkpoint import checkpoints, newest
+from fathom.train.config import OptimConfig
 from fathom.train.loop import Trainer
 from tests.parallel.conftest import Ranks
 from tests.parallel.runs import BEFORE, MIDDLE, ORIGIN, ROUGH, STEPS, config, cut_short, in_float64
@@ -125,8 +128,14 @@ def test_torchrun_as_a_user_starts_it(folder: Path, world4: Ranks, tmp_path: Pat
 
 
 def test_refused(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tp is 2: a sublayer is not cut over ranks yet, because"):
-        config(corpus, tp=2)
+    with pytest.raises(UserError, match=r"model\.num_heads is 2: parallel\.tp, 3, must divide it"):
+        config(corpus, tp=3)
+    with pytest.raises(UserError, match=r"parallel\.tp is 2: .*, not delta$"):
+        replace(config(corpus, tp=2), model=ModelConfig(residual=ResidualConfig(rule="delta")))
+    with pytest.raises(UserError, match=r"parallel\.tp is 2: .*, not block$"):
+        replace(config(corpus, tp=2), model=ModelConfig(residual=ResidualConfig(rule="block", activation="sigmoid")))
+    with pytest.raises(UserError, match=r"parallel\.tp is 2: muon orthogonalises whole matrices"):
+        replace(config(corpus, tp=2), optim=OptimConfig(optimizer="muon"))
     with pytest.raises(UserError, match="schedule zbv cannot be cached: it puts off"):
         config(corpus, pp=2, schedule="zbv")
     with pytest.raises(UserError, match=r"virtual is 2, but parallel\.pp is 1"):

@@ -6,7 +6,7 @@ import runpy
 import sys
 import traceback
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from fathom.models.transformer import Transformer
 from fathom.parallel.checkpoint import load, save
-from fathom.parallel.pipeline import Pipeline
+from fathom.parallel.pipeline import Pipeline, next_token_loss
+from fathom.parallel.plan import whole
 from fathom.parallel.shard import shard
+from fathom.parallel.stages import Stage
+from fathom.parallel.tensor import SplitLinear, own_tokens, split_sublayers, sum_gradients
 from tests.parallel.cases import CASES, LAYOUTS, LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, batch, network
 from tests.parallel.runs import train_all
 
@@ -42,9 +46,32 @@ def watch_memory(pipeline: Pipeline) -> tuple[dict[int, dict[int, set[int]]], li
     return places, most
 
 
-def gradient(parameter: Tensor) -> Tensor | None:
-    whole = parameter.grad
-    return whole.full_tensor() if isinstance(whole, DTensor) else None if whole is None else whole.clone()
+def gradient(parameter: Tensor, owner: nn.Module, case: Case) -> Tensor | None:
+    """The whole gradient, put together from the ranks' parts."""
+    found = parameter.grad
+    if found is None:
+        return None
+    found = found.full_tensor() if isinstance(found, DTensor) else found.clone()
+    if not isinstance(owner, SplitLinear):
+        return found
+    pieces = owner.pieces(found)
+    everyone: list[list[tuple[torch.Size, Tensor]]] = [[] for _ in range(case.tp)]
+    dist.all_gather_object(everyone, pieces.parts, group=axes_of(case).get_group("tp"))
+    all_of_it = found.new_full(pieces.size(), torch.nan)
+    for (row, column), piece in (part for parts in everyone for part in parts):
+        all_of_it[row : row + piece.shape[0], column : column + piece.shape[1]] = piece
+    return all_of_it
+
+
+def gradients(parts: Mapping[int, nn.Module], case: Case) -> dict[tuple[int, str], Tensor | None]:
+    """By stage and name, after what ranks of ``tp`` have found alike is added up."""
+    if case.tp > 1:
+        sum_gradients(list(parts.values()), axes_of(case)["tp"])
+    return {
+        (index, name): gradient(parameter, part.get_submodule(name.rpartition(".")[0]), case)
+        for index, part in parts.items()
+        for name, parameter in part.named_parameters()
+    }
 
 
 def local_numbers(parts: Sequence[nn.Module]) -> int:
@@ -54,35 +81,64 @@ def local_numbers(parts: Sequence[nn.Module]) -> int:
 
 
 @cache
-def mesh(dp: int, pp: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (dp, pp), mesh_dim_names=("dp", "pp"))
+def mesh(dp: int, pp: int, tp: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (dp, pp, tp), mesh_dim_names=("dp", "pp", "tp"))
+
+
+def axes_of(case: Case) -> DeviceMesh:
+    return mesh(case.dp, case.pp, case.tp)
+
+
+def part_of(case: Case) -> tuple[Transformer, Tensor, Tensor]:
+    """The network as this rank has it, split over ``tp``, and its part of the batch."""
+    axes, model = axes_of(case), network(case)
+    if case.tp > 1:
+        split_sublayers(model, axes["tp"])
+    tokens, targets = (part.chunk(case.dp)[axes.get_local_rank("dp")] for part in batch(case))
+    return model, tokens, targets
 
 
 def pipeline_of(case: Case) -> tuple[Pipeline, Tensor, Tensor]:
     """This rank's pipeline and its part of the batch."""
-    axes = mesh(case.dp, case.pp)
-    tokens, targets = (part.chunk(case.dp)[axes.get_local_rank("dp")] for part in batch(case))
+    axes = axes_of(case)
+    model, tokens, targets = part_of(case)
     pipeline = Pipeline(
-        network(case), num_virtual=case.virtual, num_micro_batches=MICRO_BATCHES // case.dp, micro_batch=MICRO_BATCH,
+        model, num_virtual=case.virtual, num_micro_batches=MICRO_BATCHES // case.dp, micro_batch=MICRO_BATCH,
         length=LENGTH, cache=case.cache, recompute=case.recompute, schedule=case.schedule, firsts=case.firsts,
-        group=axes.get_group("pp"), dp=axes["dp"] if case.dp > 1 else None,
+        group=axes.get_group("pp"), dp=axes["dp"] if case.dp > 1 else None, tp=axes["tp"] if case.tp > 1 else None,
     )  # fmt: skip
     return pipeline, tokens, targets
 
 
-def run_fsdp(case: Case) -> dict[str, Any]:
-    """Without a pipeline: the whole network, sharded over all ranks."""
-    rank, model, steps = dist.get_rank(), network(case), []
-    shard(model, mesh(case.world, 1)["dp"])
-    tokens, targets = (part.chunk(case.world)[rank] for part in batch(case))
+def whole_of(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
+    """Without a pipeline: all sublayers, split over ``tp`` and sharded over ``dp``."""
+    model, tokens, targets = part_of(case)
+    network: Any = model
+    if case.recompute != "none":
+        network = Stage(model, whole(case.config()), 0, recompute=case.recompute)
+    if case.dp > 1:
+        shard(network, axes_of(case)["dp"])
+    return network, tokens, targets
+
+
+def whole_loss(case: Case, network: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """This rank's share of it."""
+    if case.tp > 1:
+        targets = own_tokens(targets, axes_of(case)["tp"])
+    return next_token_loss(network(tokens=tokens), targets) / case.tp
+
+
+def run_whole(case: Case) -> dict[str, Any]:
+    network, tokens, targets = whole_of(case)
+    steps = []
     for _ in range(2):
-        loss = model.loss(tokens, targets)
+        loss = whole_loss(case, network, tokens, targets)
         loss.backward()
         total = loss.detach().clone()
         dist.all_reduce(total)
-        steps.append((total / case.world, {(0, key): gradient(p) for key, p in model.named_parameters()}))
-        model.zero_grad()
-    return {"steps": steps, "local": local_numbers([model])}
+        steps.append((total / case.dp, gradients({0: network}, case)))
+        network.zero_grad()
+    return {"steps": steps, "local": local_numbers([network])}
 
 
 def order_of(pipeline: Pipeline) -> list[tuple[int, bool, int]]:
@@ -98,15 +154,11 @@ def run(case: Case) -> dict[str, Any]:
     for _ in range(2):
         places.clear()
         loss = pipeline.step(tokens, targets)
-        gradients = {
-            (stage.index, key): gradient(parameter)
-            for stage in pipeline.stages
-            for key, parameter in stage.named_parameters()
-        }
+        found = gradients({stage.index: stage for stage in pipeline.stages}, case)
         copies = max([copies, *(len(where) for by in places.values() for where in by.values())])
         for stage in pipeline.stages:
             stage.zero_grad()
-        steps.append((loss, gradients))
+        steps.append((loss, found))
     return {
         "steps": steps,
         "local": local_numbers(pipeline.stages),
@@ -128,17 +180,26 @@ def reshard(world: int, folder: Path) -> dict[str, Tensor]:
     for name, case in LAYOUTS.items():
         if case.world != world:
             continue
-        pipeline, tokens, targets = pipeline_of(case)
-        optimizer = moments(nn.ModuleList(pipeline.stages))
+        if case.pp == 1:
+            network, tokens, targets = whole_of(case)
+            parts: list[Any] = [network]
+        else:
+            pipeline, tokens, targets = pipeline_of(case)
+            parts = pipeline.stages
+        optimizer = moments(nn.ModuleList(parts))
         if name == "p4":
             for _ in range(2):
                 pipeline.step(tokens, targets)
                 optimizer.step()
                 optimizer.zero_grad()
-            save(folder / "step", pipeline.stages, [optimizer])
+            save(folder / "step", parts, [optimizer])
+            continue
+        load(folder / "step", parts, [optimizer])
+        save(folder / f"again-{name}", parts, [optimizer])
+        if case.pp == 1:
+            losses[name] = whole_loss(case, network, tokens, targets).detach() / case.dp
+            dist.all_reduce(losses[name])
         else:
-            load(folder / "step", pipeline.stages, [optimizer])
-            save(folder / f"again-{name}", pipeline.stages, [optimizer])
             losses[name] = pipeline.step(tokens, targets)
     return losses
 
@@ -161,7 +222,7 @@ def main(world: int, rank: int, folder: Path) -> None:
             timeout=datetime.timedelta(seconds=60),
         )  # fmt: skip
         seen: dict[str, Any] = {
-            name: (run_fsdp if case.pp == 1 else run)(case) for name, case in CASES.items() if case.world == world
+            name: (run_whole if case.pp == 1 else run)(case) for name, case in CASES.items() if case.world == world
         }
         seen["reshard"] = reshard(world, folder)
         seen["compiled graphs"] = train_all(world, rank, folder)
