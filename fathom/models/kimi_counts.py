@@ -54,6 +54,21 @@ def flops_per_token(config: KimiConfig, context: int) -> dict[str, float]:
     }
 
 
+def site_flops(config: KimiConfig, context: int) -> list[float]:
+    """The same, by sublayer: what KDA, MLA, a dense MLP and a layer of experts each take."""
+    flops, mla = flops_per_token(config, context), config.mla_layers
+    kda, moe = config.num_layers - mla, config.num_layers - config.dense_layers
+    kda_one = (flops["kda matrices"] + flops["delta rule"]) / max(1, kda)
+    mla_one = (flops["mla matrices"] + flops["attention scores"]) / max(1, mla)
+    dense = 2.0 * 3 * config.dim * config.mlp_width
+    experts = (flops["mlp"] - config.dense_layers * dense) / max(1, moe)
+    return [
+        cost
+        for layer in range(config.num_layers)
+        for cost in (mla_one if config.is_mla(layer) else kda_one, dense if config.is_dense(layer) else experts)
+    ]
+
+
 def cache_bytes(config: KimiConfig, tokens: int, itemsize: int = 2) -> dict[str, int]:
     """Bytes that decoding keeps of a sequence of ``tokens``; the KDA state is float32 whatever ``itemsize`` is."""
     inner, mla = config.num_heads * config.head_width, config.mla_layers

@@ -70,10 +70,14 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * width, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, width))
 
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """``gate_up`` and ``down`` of the experts that rows are computed with here."""
+        return self.gate_up, self.down
+
     def sorted(self, x: Float[Tensor, "R D"], counts: Int[Tensor, " E"]) -> Float[Tensor, "R D"]:
         """The experts on rows in the experts' order, ``counts`` rows each."""
         low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        x, gate_up, down = x.to(low), self.gate_up.to(low), self.down.to(low)
+        x, gate_up, down = x.to(low), *(weight.to(low) for weight in self.weights())
         # Its rows must be of a multiple of 16 bytes.
         if x.is_cuda and low == torch.bfloat16 and down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0:
             return self.grouped(x, gate_up, down, counts)

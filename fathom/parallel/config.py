@@ -22,6 +22,8 @@ class ParallelConfig:
     """Stages of a rank, V; several are interleaved."""
     dp: int = 1
     """Parts of the batch, each on other ranks, over which FSDP2 also spreads the parameters."""
+    ep: int = 1
+    """Of the dp ranks, neighbours that share a layer's experts, each with its part of them; it divides dp."""
     tp: int = 1
     """Ranks that share each sublayer by heads and MLP columns, and the stream by tokens."""
     cache: bool = True
@@ -32,9 +34,11 @@ class ParallelConfig:
     """Activations computed again in the backward pass: none, selective (all but matrix products and attention), full."""
 
     def __post_init__(self) -> None:
-        for name, count in (("pp", self.pp), ("virtual", self.virtual), ("dp", self.dp), ("tp", self.tp)):
+        for name, count in (("pp", self.pp), ("virtual", self.virtual), ("dp", self.dp), ("ep", self.ep), ("tp", self.tp)):
             if count < 1:
                 raise UserError(f"parallel.{name} is {count}: it must be at least 1")
+        if self.dp % self.ep:
+            raise UserError(f"parallel.ep is {self.ep}: it must divide parallel.dp, {self.dp}, whose ranks it is of")
         if self.virtual > 1 and self.pp == 1:
             raise UserError(f"parallel.virtual is {self.virtual}, but parallel.pp is 1: several stages need a pipeline")
         check_schedule(self.schedule, self.virtual)
@@ -55,6 +59,8 @@ class Counts:
     """Stages of a rank."""
     dp: int | None = None
     """Parts of the batch."""
+    ep: int | None = None
+    """Of those, neighbours that share a layer's experts."""
     tp: int | None = None
     """Ranks that share each sublayer."""
 

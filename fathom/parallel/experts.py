@@ -2,18 +2,23 @@
 
     rows, sorted by expert  --all-to-all-->  rows of this rank's experts  --experts-->  outputs  --all-to-all-->  rows' outputs
 
-Everything else of the network is whole on every rank, each of which has sequences of its own. No token is dropped, and how many
-go where is exchanged first. Applied to a model from outside; the router does not know of it.
+Each rank has sequences of its own. No token is dropped, and how many go where is exchanged first. Applied to a model from
+outside: the router does not know of it, and a checkpoint has the experts of all ranks under their own names, because the
+parameters are DTensors on the axis. The axis is a part of the data-parallel ranks; over the rest of those FSDP2 shards each
+rank's experts (shard.py), along a dim that is not the experts'.
 """
+
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from fathom.errors import UserError
-from fathom.models.moe import Experts, MoE, by_expert, count, weighted
+from fathom.models.moe import Experts, MoE, Router, by_expert, count, weighted
 
 
 class _Exchange(torch.autograd.Function):
@@ -31,37 +36,61 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
-class ShardedExperts(nn.Module):
-    """This rank's part of ``experts``, called as they are, with the rank's own rows."""
+class _Mean(torch.autograd.Function):
+    """The identity; backward divides the gradient by ``ranks``."""
 
-    def __init__(self, experts: Experts, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group, self.ranks = group, dist.get_world_size(group)
+    @staticmethod
+    def forward(ctx, x: Tensor, ranks: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return gradient / ctx.ranks, None
+
+
+class ShardedExperts(Experts):
+    """This rank's part of ``experts``, called as they are, with the rank's own rows.
+
+    Its gradients are of the mean of the axis's losses: they have every rank's tokens in them, and are divided by the ranks.
+    """
+
+    def __init__(self, experts: Experts, mesh: DeviceMesh) -> None:
+        nn.Module.__init__(self)
+        self.activation = experts.activation
+        self.mesh, self.ranks = mesh, mesh.size()
         self.num_experts = len(experts.gate_up)
         if self.num_experts % self.ranks:
             raise UserError(f"model.num_experts is {self.num_experts}: {self.ranks} ranks must divide it")
-        size = self.num_experts // self.ranks
-        mine = slice(dist.get_rank(group) * size, (dist.get_rank(group) + 1) * size)
-        experts.gate_up = nn.Parameter(experts.gate_up.detach()[mine].clone())
-        experts.down = nn.Parameter(experts.down.detach()[mine].clone())
-        self.local = experts
+        rank, size = mesh.get_local_rank(), self.num_experts // self.ranks
+
+        def part(whole: nn.Parameter) -> nn.Parameter:
+            mine = whole.detach()[rank * size : (rank + 1) * size].to(mesh.device_type, copy=True)
+            return nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)], run_check=False))
+
+        self.gate_up, self.down = part(experts.gate_up), part(experts.down)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        # Gathered by FSDP2 they are DTensors on the axis still.
+        gate_up, down = (_Mean.apply(cast(DTensor, p).to_local(), self.ranks) for p in (self.gate_up, self.down))
+        return gate_up, down
 
     def forward(
         self, x: Float[Tensor, "R D"], chosen: Int[Tensor, "R k"], weights: Float[Tensor, "R k"]
     ) -> Float[Tensor, "R D"]:
         rows, order = by_expert(x, chosen)
         outgoing = count(chosen, self.num_experts)
-        incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=self.group)
+        incoming, group = torch.empty_like(outgoing), self.mesh.get_group()
+        dist.all_to_all_single(incoming, outgoing, group=group)
         per_rank = incoming.view(self.ranks, -1)  # from each rank, to each of my experts
         sent, received = outgoing.view(self.ranks, -1).sum(1).tolist(), per_rank.sum(1).tolist()
-        arrived = _Exchange.apply(rows, sent, received, self.group)
+        arrived = _Exchange.apply(rows, sent, received, group)
         # They come rank by rank, and the experts want them expert by expert.
         mine = torch.arange(per_rank.shape[1], device=x.device).repeat(self.ranks)
         sorting = mine.repeat_interleave(incoming).argsort(stable=True)
-        output = self.local.sorted(arrived[sorting], per_rank.sum(0))
+        output = self.sorted(arrived[sorting], per_rank.sum(0))
         back = torch.empty_like(output).index_copy(0, sorting, output)
-        returned = _Exchange.apply(back, received, sent, self.group)
+        returned = _Exchange.apply(back, received, sent, group)
         return weighted(returned, order, weights)
 
 
@@ -73,21 +102,9 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts = ShardedExperts(module.experts, mesh.get_group())  # type: ignore[assignment]
+            module.experts = ShardedExperts(module.experts, mesh)
 
 
-def average_gradients(model: nn.Module, mesh: DeviceMesh, data: DeviceMesh | None = None) -> None:
-    """Make gradients of every rank's mean loss those of the mean over all ranks: of ``mesh``, and of a ``data`` axis beside it.
-
-    An expert has got the gradients of all tokens of its mesh axis already; only the replicas of the data axis have others.
-    """
-    ranks = mesh.size() * (1 if data is None else data.size())
-    local = {id(p) for module in model.modules() if isinstance(module, ShardedExperts) for p in module.parameters()}
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            continue
-        if id(parameter) not in local:
-            dist.all_reduce(parameter.grad, group=mesh.get_group())
-        if data is not None:
-            dist.all_reduce(parameter.grad, group=data.get_group())
-        parameter.grad /= ranks
+def biases(model: nn.Module) -> set[nn.Parameter]:
+    """The routers' biases: whole on every rank, and moved by all ranks alike (``moe.balance``), never by a gradient."""
+    return {module.bias for module in model.modules() if isinstance(module, Router)}

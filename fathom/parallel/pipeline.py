@@ -190,6 +190,7 @@ class Pipeline:
         group: of the P ranks; all ranks if not given.
         dp: the mesh axis of the ranks that run the same stages on other parts of the batch; FSDP2 shards the stages over it.
         tp: the mesh axis of the ranks that share the sublayers of ``model``, split already: hops carry each one's own tokens.
+        replicas: the part of ``dp`` whose ranks have the same experts, where ``shard_experts`` has spread them over the rest.
         device: where the stages are moved to; where the model is if not given.
         compile: compile each sublayer with ``torch.compile``.
         recompute: what of a stage's activations is computed again in the backward pass.
@@ -210,6 +211,7 @@ class Pipeline:
         group: dist.ProcessGroup | None = None,
         dp: DeviceMesh | None = None,
         tp: DeviceMesh | None = None,
+        replicas: DeviceMesh | None = None,
         device: torch.device | None = None,
         compile: bool = False,
         recompute: Recompute = "none",
@@ -236,7 +238,7 @@ class Pipeline:
                 for sublayer in stage.sublayers.values():
                     sublayer.compile()
             if dp is not None:
-                shard(stage, dp, bf16=dtype == torch.bfloat16, keep_gathered=True)
+                shard(stage, dp, replicas=replicas, bf16=dtype == torch.bfloat16, keep_gathered=True)
         parts = [CachedStage(stage, self.cache, like, group, self.traffic) for stage in self.stages]
         kinds = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B if num_virtual == 1 else ScheduleInterleaved1F1B,
                  "looped_bfs": ScheduleLoopedBFS}  # fmt: skip

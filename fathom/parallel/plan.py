@@ -20,17 +20,21 @@ from fathom.block import block_starts
 from fathom.errors import UserError
 from fathom.models.accounting import flops_per_token, source_counts
 from fathom.models.config import ModelConfig
+from fathom.models.kimi_config import KimiConfig
+from fathom.models.kimi_counts import site_flops
 from fathom.residuals import RECOMMENDED_BLOCKS
 
 
 def site_costs(config: ModelConfig) -> list[float]:
     """Forward FLOPs per token of each sublayer with its read; the last one's includes the output read and the head."""
     flops = flops_per_token(config, config.context)
-    attention = (flops["attention matrices"] + flops["attention scores"]) / config.num_layers
+    if isinstance(config, KimiConfig):
+        sublayers = site_flops(config, config.context)
+    else:
+        attention = flops["attention matrices"] + flops["attention scores"]
+        sublayers = [attention / config.num_layers, flops["mlp"] / config.num_layers] * config.num_layers
     reads = [0.0 if config.residual.rule == "prenorm" else 6.0 * config.dim * n for n in source_counts(config)]
-    costs = [
-        (flops["mlp"] / config.num_layers if site % 2 else attention) + reads[site] for site in range(len(reads) - 1)
-    ]
+    costs = [sublayer + read for sublayer, read in zip(sublayers, reads[:-1], strict=True)]
     costs[-1] += reads[-1] + flops["head"]
     return costs
 

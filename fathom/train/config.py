@@ -137,8 +137,7 @@ class RunConfig:
             check_micro_batches(part // size, p.schedule, p.pp, p.virtual)
         if p.size > 1 or p.recompute != "none":
             what = f"on {p.size} processes" if p.size > 1 else f"with parallel.recompute {p.recompute}"
-            if isinstance(self.model, KimiConfig):
-                raise UserError(f"Kimi Linear does not train {what}: leave parallel out")
+            self._check_experts()
             if self.compile == "model":
                 raise UserError(f"compile model does not work {what}: use layers")
             if self.dynamics_every:
@@ -148,6 +147,10 @@ class RunConfig:
 
     def _check_tensor_parallel(self) -> None:
         model, tp = self.model, self.parallel.tp
+        if isinstance(model, KimiConfig):
+            raise UserError(
+                f"parallel.tp is {tp}: KDA, MLA and experts are not cut over ranks; use parallel.dp, parallel.ep or parallel.pp"
+            )
         for name, count in (
             ("model.num_heads", model.num_heads), ("the count of key/value heads", model.kv_heads),
             ("the width of the MLP", model.mlp_width), ("model.context", model.context),
@@ -163,6 +166,23 @@ class RunConfig:
             raise UserError(
                 f"parallel.tp is {tp}: muon orthogonalises whole matrices, of which each rank has a part; use adamw"
             )
+
+
+    def _check_experts(self) -> None:
+        ranks, model = self.parallel.ep, self.model
+        if ranks == 1:
+            return
+        if not isinstance(model, KimiConfig):
+            raise UserError(f"parallel.ep is {ranks}: the model has no experts; leave it out")
+        if model.num_experts % ranks:
+            raise UserError(f"parallel.ep is {ranks}: it must divide model.num_experts, {model.num_experts}")
+        replicas = self.parallel.dp // ranks
+        for name, width in (("latent_dim" if model.latent_dim else "dim", model.latent_dim or model.dim),
+                            ("expert_dim", model.expert_dim)):  # fmt: skip
+            if (2 * width if name == "expert_dim" else width) % replicas:
+                raise UserError(
+                    f"parallel.dp / parallel.ep is {replicas}: these ranks shard experts by width, and model.{name} is {width}"
+                )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

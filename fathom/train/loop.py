@@ -33,7 +33,6 @@ from torch import Tensor
 from fathom.errors import UserError
 from fathom.models.accounting import assert_parameters, flops_per_token
 from fathom.models.kimi_linear import build
-from fathom.models.moe import balance
 from fathom.parallel.config import ParallelConfig
 from fathom.parallel.ranks import Ranks
 from fathom.train import checkpoint
@@ -162,7 +161,7 @@ class Trainer:
         self.progress = replace(
             self.progress, step=self.progress.step + 1, consumed=self.progress.consumed + self.config.data.batch
         )
-        return StepResult(self.network.total(losses), grad_norm, self.config.optim.lr * share, balance(self.model))
+        return StepResult(self.network.total(losses), grad_norm, self.config.optim.lr * share, self.network.balance())
 
     def record(self, results: list[tuple[int, StepResult]], seconds: float) -> None:
         """Write the metrics of steps that took ``seconds`` each; ``Diverged`` at the first that is not finite."""

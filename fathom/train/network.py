@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fathom.models.moe import balance
 from fathom.models.transformer import Transformer
 from fathom.parallel.ranks import Ranks
 from fathom.train import checkpoint
@@ -64,6 +65,10 @@ class Network:
     def clip(self) -> Tensor:
         """Bring the norm of all gradients down to the config's limit; returns what it was."""
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or math.inf)
+
+    def balance(self) -> Tensor | None:
+        """Even out experts after a step; the largest load over the mean of the layers that have them, None without."""
+        return balance(self.model)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of some sequences, without gradients, never compiled."""

@@ -5,17 +5,24 @@ Every process takes part in each of these calls, and all get the same numbers fr
 
 import math
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from fathom.errors import UserError
+from fathom.models.kimi_config import KimiConfig
+from fathom.models.kimi_linear import build
+from fathom.models.moe import balance
 from fathom.models.transformer import Transformer
 from fathom.parallel import checkpoint as distributed
+from fathom.parallel.experts import shard_experts
 from fathom.parallel.pipeline import Pipeline, next_token_loss
 from fathom.parallel.plan import describe, whole
 from fathom.parallel.ranks import Ranks
@@ -27,6 +34,14 @@ from fathom.train.checkpoint import Progress
 from fathom.train.config import RunConfig
 from fathom.train.network import Network
 from fathom.train.optimizers import make_optimizers
+
+
+def _alike(parameters: list[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    """Parameters by the ranks that their gradients lie on: torch's norms are of tensors that lie alike."""
+    found: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        found[parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None].append(parameter)
+    return found.values()
 
 
 class _SeveralNetwork(Network):
@@ -62,22 +77,37 @@ class _SeveralNetwork(Network):
         if pp is not None:
             dist.all_reduce(square, group=pp.get_group())
         norm = square.sqrt().to(parameters[0].dtype)
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip or math.inf, norm)
+        for alike in _alike(parameters):
+            torch.nn.utils.clip_grads_with_norm_(alike, self.config.optim.clip or math.inf, norm)
         return norm
 
     def _square(self, parameters: list[nn.Parameter]) -> Tensor:
         """The square of the norm of their gradients, [] in float64."""
-        if not parameters:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).double().square()
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        for alike in _alike(parameters):
+            norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in alike])
+            square += (norm.full_tensor() if isinstance(norm, DTensor) else norm).double().square()
+        return square
+
+    def balance(self) -> Tensor | None:
+        dp, pp = self.ranks.axis("dp"), self.ranks.axis("pp")
+        found = [balance(part, None if dp is None else dp.get_group()) for part in self.parts]
+        loads = [load for load in found if load is not None]
+        if pp is None:
+            return loads[0] if loads else None
+        # Of all stages: their sum, and of how many layers.
+        share = torch.zeros(2, device=self.device)
+        for load in loads:
+            share += torch.stack((load.sum(), load.new_tensor(len(load))))
+        dist.all_reduce(share, group=pp.get_group())
+        return None if not isinstance(self.config.model, KimiConfig) else share[:1] / share[1:]
 
     def load(self, folder: Path) -> None:
         if checkpoint.saved_by_several(folder):
             distributed.load(folder, self.parts, self.optimizers, checked=True)
             return
         # Each process reads all of what one process saved, and keeps its part.
-        model = Transformer(self.model.config, end_of_text=self.model.end_of_text)
+        model = build(self.model.config, end_of_text=self.model.end_of_text)
         optimizers = make_optimizers(model, self.config.optim)
         checkpoint.load_model(folder, model)
         checkpoint.load_optimizers(folder, optimizers)
@@ -115,11 +145,13 @@ class ShardedNetwork(_SeveralNetwork):
         if recompute != "none":
             network = Stage(model, whole(config.model), 0, recompute=recompute)
         network.to(ranks.device)
+        if ep := ranks.axis("ep"):
+            shard_experts(network, ep)
         if config.compile == "layers":
             for sublayer in model.sublayers:
                 sublayer.compile()
         if dp := ranks.axis("dp"):
-            shard(network, dp, bf16=config.precision == "bf16")
+            shard(network, dp, replicas=ranks.axis("replicas"), bf16=config.precision == "bf16")
         self.network = network
         self.parts = [network]
         super().__init__(model, config, ranks)
@@ -171,10 +203,13 @@ class PipelinedNetwork(_SeveralNetwork):
     def __init__(self, model: Transformer, config: RunConfig, ranks: Ranks) -> None:
         parallel, pp = config.parallel, ranks.axis("pp")
         assert pp is not None
+        if ep := ranks.axis("ep"):
+            shard_experts(model, ep)
         self.pipeline = Pipeline(
             model, num_virtual=parallel.virtual, num_micro_batches=config.num_micro_batches,
             micro_batch=config.data.batch // parallel.dp // config.num_micro_batches, length=config.model.context,
             cache=parallel.cache, schedule=parallel.schedule, group=pp.get_group(), dp=ranks.axis("dp"), tp=ranks.axis("tp"),
+            replicas=ranks.axis("replicas"),
             dtype=torch.bfloat16 if config.precision == "bf16" else None, device=ranks.device,
             compile=config.compile == "layers", recompute=parallel.recompute,
         )  # fmt: skip
