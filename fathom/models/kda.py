@@ -241,6 +241,10 @@ class KDA(nn.Module):
         self.head_norm = RMSNorm(width, config.norm_eps)
         self.out = nn.Linear(inner, dim, bias=False)
 
+    def head_rows(self) -> dict[str, int]:
+        """Rows of one head in each matrix that makes queries, keys or values, by its name here."""
+        return dict.fromkeys(("query.weight", "key.weight", "value.weight"), self.head_width)
+
     def log_decay(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H K"]:
         """g, in float32 at least."""
         wide = torch.promote_types(x.dtype, torch.float32)

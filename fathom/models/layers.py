@@ -148,6 +148,10 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
 
+    def head_rows(self) -> dict[str, int]:
+        """Rows of one head in each matrix that makes queries, keys or values, by its name here."""
+        return {"qkv.weight": self.head_width}
+
     def _project(self, x: Float[Tensor, "B T D"] | AttentionInput) -> Float[Tensor, "B T HW"]:
         if isinstance(x, Tensor):
             return self.qkv(x)

@@ -47,6 +47,11 @@ class MLA(nn.Module):
         self.gate = nn.Linear(dim, heads * self.width, bias=False) if config.mla_gate else None
         self.out = nn.Linear(heads * self.width, dim, bias=False)
 
+    def head_rows(self) -> dict[str, int]:
+        """Rows of one head in each matrix that makes queries, keys or values, by its name here: a head's own key, its value."""
+        query = "query.weight" if isinstance(self.query, nn.Linear) else "query.2.weight"
+        return {query: self.width + self.shared, "expand.weight": self.width}
+
     def compress(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T RS"]:
         """What a cache holds of each token: the normalised latent, and the shared part of its keys."""
         latent, shared = self.latent(x).split((self.rank, self.shared), dim=-1)

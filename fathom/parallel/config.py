@@ -34,7 +34,13 @@ class ParallelConfig:
     """Activations computed again in the backward pass: none, selective (all but matrix products and attention), full."""
 
     def __post_init__(self) -> None:
-        for name, count in (("pp", self.pp), ("virtual", self.virtual), ("dp", self.dp), ("ep", self.ep), ("tp", self.tp)):
+        for name, count in (
+            ("pp", self.pp),
+            ("virtual", self.virtual),
+            ("dp", self.dp),
+            ("ep", self.ep),
+            ("tp", self.tp),
+        ):
             if count < 1:
                 raise UserError(f"parallel.{name} is {count}: it must be at least 1")
         if self.dp % self.ep:

@@ -37,6 +37,8 @@ class OptimConfig:
     """Peak learning rate of AdamW."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon's matrices (scaled to match AdamW's update size)."""
+    muon_per_head: bool = False
+    """Muon: orthogonalise what makes queries, keys and values head by head, not all heads as one matrix."""
     depth_lr: float | None = None
     """Peak learning rate of depth queries and key gains; 0.128 / D if not given (optimizers.py says why)."""
     beta1: float = 0.9
@@ -105,6 +107,8 @@ class RunConfig:
                 raise UserError(f"{name} is {value}: it must be at least {least}")
         if self.seed >= 2**63:
             raise UserError(f"seed is {self.seed}: it must be below 2^63")
+        if o.muon_per_head and o.optimizer != "muon":
+            raise UserError(f"optim.muon_per_head is of muon, but optim.optimizer is {o.optimizer}")
         for name, rate in (("lr", o.lr), ("muon_lr", o.muon_lr), ("depth_lr", o.depth_lr)):
             if rate is not None and not rate > 0:
                 raise UserError(f"optim.{name} is {rate}: it must be positive")
@@ -166,7 +170,6 @@ class RunConfig:
             raise UserError(
                 f"parallel.tp is {tp}: muon orthogonalises whole matrices, of which each rank has a part; use adamw"
             )
-
 
     def _check_experts(self) -> None:
         ranks, model = self.parallel.ep, self.model

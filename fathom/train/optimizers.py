@@ -9,7 +9,10 @@
 | map    | the stream's linear maps of hidden vectors  | AdamW           | yes     |
 | expert | the experts of a layer, [E, m, n]           | AdamW or Muon, each expert for itself | yes |
 
-Muon takes a parameter as it is stored: gate and up matrices, or the queries of all heads, are orthogonalised as one.
+Muon takes a parameter as it is stored: gate and up matrices, or the queries of all heads, are orthogonalised as one, as
+Moonlight does it (arXiv 2502.16982). With ``muon_per_head`` each head's block of a matrix that makes queries, keys or values is
+a matrix of its own, its rate adjusted by the block's shape: Kimi K3's per-head Muon (arXiv 2607.24653, 2.5), for MLA's
+up-projections GLM-5's Muon Split (arXiv 2602.15763). They find that heads of large gradients drown the others' updates else.
 
 A depth query starts at zero and its size is how decided a read is: decay would pull every read back to a plain mean, and
 orthogonalising a vector would only normalise it. The paper does not say how its queries are trained. Adam moves every
@@ -24,6 +27,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from fathom.models.kda import KDA
+from fathom.models.layers import Attention
+from fathom.models.mla import MLA
 from fathom.train.config import OptimConfig
 from fathom.train.muon import StackedMuon
 
@@ -50,6 +56,17 @@ def parameter_groups(*parts: nn.Module) -> Groups:
     return groups
 
 
+def head_rows(*parts: nn.Module) -> dict[nn.Parameter, int]:
+    """Rows of a head, for each matrix of ``parts`` that makes queries, keys or values."""
+    return {
+        module.get_parameter(name): rows
+        for part in parts
+        for module in part.modules()
+        if isinstance(module, Attention | KDA | MLA)
+        for name, rows in module.head_rows().items()
+    }
+
+
 def make_optimizers(model: nn.Module | Sequence[nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW, after Muon if the config asks for it, for a model or for some stages of one.
 
@@ -63,12 +80,21 @@ def make_optimizers(model: nn.Module | Sequence[nn.Module], config: OptimConfig)
         peak["depth"] = DEPTH_LR_TIMES_DIM / dim if config.depth_lr is None else config.depth_lr
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
+        rows = head_rows(*parts) if config.muon_per_head else {}
+        matrices = groups.pop("matrix")
         muon = torch.optim.Muon(
-            groups.pop("matrix"), lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+            [p for p in matrices if p not in rows], lr=config.muon_lr, weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )  # fmt: skip
         optimizers.append(muon)
+        stacks = [
+            {"params": [p for p in matrices if rows.get(p) == count], "rows": count}
+            for count in sorted({*rows.values()})
+        ]
         if experts := groups.pop("expert", []):
-            optimizers.append(StackedMuon(experts, lr=config.muon_lr, weight_decay=config.weight_decay))
+            stacks.insert(0, {"params": experts, "rows": None})
+        if stacks:
+            optimizers.append(StackedMuon(stacks, lr=config.muon_lr, weight_decay=config.weight_decay))
         for group in each_group(optimizers):
             group["peak_lr"] = config.muon_lr
     adamw = [

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from fathom.errors import UserError
 from fathom.models.kimi_config import KimiConfig
 from fathom.models.kimi_linear import build
-from fathom.parallel.config import ParallelConfig
 from fathom.train.checkpoint import checkpoints
 from fathom.train.config import OptimConfig, RunConfig, from_dict, load_config, to_dict
 from fathom.train.loop import resume, train
@@ -100,7 +99,6 @@ def test_a_config_goes_through_json_as_itself():
         from_dict(RunConfig, {"model": {"architecture": "kimi_linear", "experts": 3}})
 
 
-def test_several_processes_are_refused():
-    for parallel in (ParallelConfig(dp=2), ParallelConfig(recompute="full")):
-        with pytest.raises(UserError, match="Kimi Linear does not train"):
-            tiny(steps=1, parallel=parallel)
+def test_an_option_of_muon_is_refused_under_adamw():
+    with pytest.raises(UserError, match=r"optim\.muon_per_head is of muon, but optim\.optimizer is adamw"):
+        tiny(steps=1, optim=OptimConfig(muon_per_head=True))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fathom.models.config import ResidualConfig
 from fathom.models.kimi_config import KimiConfig
@@ -22,6 +23,7 @@ from fathom.parallel.ranks import Ranks
 from fathom.parallel.stages import Stage
 from fathom.train import loop
 from fathom.train.config import DataConfig, OptimConfig, RunConfig
+from fathom.train.muon import StackedMuon
 from fathom.train.network import Network, make_network
 
 LAYOUTS = {
@@ -98,6 +100,26 @@ def step(net: Network) -> dict[str, Any]:
             "biases": {name: module.bias.detach() for name, module in routers}}  # fmt: skip
 
 
+def muon_errors() -> dict[str, float]:
+    """How far Muon's steps on parameters that lie on all ranks are from its steps on whole ones, by how they lie."""
+    mesh, errors = init_device_mesh("cpu", (2, 2)), {}
+    generator = torch.Generator().manual_seed(4)
+    for name, shape, rows, placements in (
+        ("experts", (6, 4, 8), None, (Replicate(), Shard(0))),
+        ("experts twice", (6, 4, 8), None, (Shard(1), Shard(0))),
+        ("heads", (12, 8), 4, (Replicate(), Shard(0))),
+    ):
+        whole = torch.nn.Parameter(torch.randn(shape, generator=generator))
+        cut = torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, placements))
+        whole.grad = torch.randn(shape, generator=generator)
+        cut.grad = distribute_tensor(whole.grad, mesh, placements)
+        before = whole.detach().clone()
+        for parameter in (whole, cut):
+            StackedMuon([{"params": [parameter], "rows": rows}], lr=0.1, weight_decay=0.1).step()
+        errors[name] = float((cut.detach().full_tensor() - whole.detach()).norm() / (whole.detach() - before).norm())
+    return errors
+
+
 def main(rank: int, folder: Path) -> None:
     with (folder / f"{rank}.log").open("w") as log:
         os.dup2(log.fileno(), 2)
@@ -106,12 +128,13 @@ def main(rank: int, folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", world_size=4, rank=rank)
-        found = {}
+        found: dict[str, Any] = {}
         for name, parallel in LAYOUTS.items():
             with Ranks(parallel, torch.device("cpu")) as ranks:
                 found[name] = step(make_network(network(), config(parallel=parallel), ranks))
         for name in TRAINED:
             loop.train(config(folder / "corpus", parallel=LAYOUTS[name]), folder / name)
+        found["muon"] = muon_errors()
         torch.save(found, folder / f"{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()

@@ -88,6 +88,12 @@ def test_a_run_of_several_goes_on_in_one_process(name: str, kimi: Path, tmp_path
             assert mine[key] == pytest.approx(theirs[key], rel=1e-9), (key, mine["step"])
 
 
+def test_muon_steps_alike_on_what_lies_on_several(kimi: Path) -> None:
+    for rank in range(4):
+        for name, error in torch.load(kimi / f"{rank}.pt")["muon"].items():
+            assert error < 0.01, name
+
+
 def test_a_pipeline_is_cut_by_what_kda_mla_and_experts_cost() -> None:
     size = kimi_linear_48b()
     costs = site_costs(size)

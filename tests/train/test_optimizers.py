@@ -1,14 +1,17 @@
 """Which parameter moves how: groups, decay, Muon's matrices, and the schedules at their corners."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from fathom.models.config import ModelConfig, ResidualConfig
+from fathom.models.kimi_config import KimiConfig
+from fathom.models.kimi_linear import build
 from fathom.models.transformer import Transformer
 from fathom.train.config import OptimConfig
-from fathom.train.optimizers import each_group, lr_share, make_optimizers, parameter_groups, set_lr
+from fathom.train.optimizers import each_group, head_rows, lr_share, make_optimizers, parameter_groups, set_lr
 
 RULES = ("prenorm", "full", "block")
 
@@ -51,6 +54,53 @@ def test_every_parameter_moves_exactly_once_and_as_its_kind_should(rule: str, se
         assert {names[id(p)] for group in muon.param_groups for p in group["params"]} == by_kind["matrix"]
     else:
         assert [type(o) for o in optimizers] == [torch.optim.AdamW]
+
+
+def test_muon_takes_heads_for_themselves_if_asked(head_models: list[tuple[Transformer, dict[str, int]]]) -> None:
+    """Each head's block steps as torch's Muon would step it alone; every other matrix as without the option."""
+    for network, rows in head_models:
+        config = OptimConfig(optimizer="muon", weight_decay=0.3, muon_lr=0.1, muon_per_head=True)
+        before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+        generator = torch.Generator().manual_seed(5)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for each in make_optimizers(network, config):
+            each.step()
+        assert {n for n, p in network.named_parameters() if p in head_rows(network)} == rows.keys()
+        for name, parameter in network.named_parameters():
+            if parameter.grad is None or parameter.ndim != 2 or kind_of(name) in ("table", "depth"):
+                continue
+            size = rows.get(name, len(parameter))
+            blocks = [torch.nn.Parameter(block.clone()) for block in before[name].split(size)]
+            for block, grad in zip(blocks, parameter.grad.split(size), strict=True):
+                block.grad = grad.clone()
+            torch.optim.Muon(blocks, lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw").step()
+            # Newton-Schulz is in bf16, batched products round otherwise.
+            moved, expected = parameter.detach() - before[name], torch.cat([b.detach() for b in blocks]) - before[name]
+            assert (moved - expected).norm() < 0.02 * expected.norm(), name
+            if len(blocks) > 1:  # as one matrix it would have moved elsewhere
+                whole = torch.nn.Parameter(before[name].clone())
+                whole.grad = parameter.grad.clone()
+                torch.optim.Muon([whole], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw").step()
+                assert (whole.detach() - before[name] - expected).norm() > 0.1 * expected.norm(), name
+
+
+@pytest.fixture
+def head_models() -> list[tuple[Transformer, dict[str, int]]]:
+    """Networks, and the rows of a head in each of their matrices that have heads."""
+    kimi = KimiConfig(
+        vocab_size=40, context=8, dim=16, num_layers=3, num_heads=2, head_dim=8, mlp_dim=16, mla_every=2, kv_rank=6,
+        shared_key_dim=4, expert_dim=8,
+    )  # fmt: skip
+    latent = replace(kimi, num_layers=1, query_rank=6)
+    kda = {f"sublayers.0.{part}.weight": 8 for part in ("query", "key", "value")}
+    mla = {f"sublayers.{site}.{part}.weight": rows for site in (2, 4) for part, rows in (("query", 12), ("expand", 8))}
+    return [
+        (model(num_heads=4, num_kv_heads=2), {f"sublayers.{site}.qkv.weight": 4 for site in (0, 2)}),
+        (build(kimi), kda | mla),
+        (build(latent), {"sublayers.0.query.2.weight": 12, "sublayers.0.expand.weight": 8}),
+    ]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
