@@ -77,8 +77,8 @@ class Ranks:
         return self.number == 0
 
     def axis(self, name: str) -> DeviceMesh | None:
-        """The mesh axis, if it has more than one rank: ``dp``, ``pp``, ``tp``, or the two that ``dp`` is made of where there are experts
-        to share: ``ep``, whose ranks share them, and ``replicas``, whose ranks have the same ones."""
+        """The mesh axis, if it has more than one rank: ``dp``, ``pp``, ``tp``, or the two that ``dp`` is made of where there
+        are experts to share: ``ep``, whose ranks share them, and ``replicas``, whose ranks have the same ones."""
         axis = None if self.mesh is None or (name in ("ep", "replicas") and self.ep == 1) else self.mesh[name]
         return None if axis is None or axis.size() == 1 else axis
 
