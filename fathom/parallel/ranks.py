@@ -22,14 +22,16 @@ TIMEOUT = datetime.timedelta(minutes=10)
 """Of a process that is there and does not answer."""
 
 
-def _mesh(device: str, parallel: ParallelConfig) -> DeviceMesh:
+def _axes(device: str, parallel: ParallelConfig) -> dict[str, DeviceMesh]:
+    """The axes of the mesh by name."""
     pp, tp = parallel.pp, parallel.tp
     if parallel.ep == 1:
-        return init_device_mesh(device, (parallel.dp, pp, tp), mesh_dim_names=("dp", "pp", "tp"))
+        mesh = init_device_mesh(device, (parallel.dp, pp, tp), mesh_dim_names=("dp", "pp", "tp"))
+        return {name: mesh[name] for name in ("dp", "pp", "tp")}
     shape = (parallel.dp // parallel.ep, parallel.ep, pp, tp)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicas", "ep", "pp", "tp"))
-    mesh["replicas", "ep"]._flatten("dp")
-    return mesh
+    axes = {name: mesh[name] for name in ("replicas", "ep", "pp", "tp")}
+    return axes | {"dp": mesh["replicas", "ep"]._flatten("dp")}
 
 
 class Ranks:
@@ -45,7 +47,6 @@ class Ranks:
 
     def __init__(self, parallel: ParallelConfig, device: torch.device) -> None:
         self.size, self.number, self.device = parallel.size, int(os.environ.get("RANK", 0)), device
-        self.ep = parallel.ep
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started != self.size:
             counts = f"parallel.pp {parallel.pp} x dp {parallel.dp} x tp {parallel.tp}"
@@ -54,7 +55,7 @@ class Ranks:
                 f"{counts} needs {self.size} processes, but {started} {many} started: "
                 f"use `torchrun --nproc-per-node {self.size} -m fathom.cli train ...`"
             )
-        self.mesh: DeviceMesh | None = None
+        self.axes: dict[str, DeviceMesh] = {}
         if self.size == 1:
             return
         backend = "gloo"
@@ -69,7 +70,7 @@ class Ranks:
         """For what processes tell each other; ``background`` for what a thread of theirs does beside the training."""
         self.background = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self.watch = Watch(self.number, self.size, os.environ.get("MASTER_ADDR", "localhost"), self._from_first)
-        self.mesh = _mesh(device.type, parallel)
+        self.axes = _axes(device.type, parallel)
 
     @property
     def first(self) -> bool:
@@ -79,7 +80,7 @@ class Ranks:
     def axis(self, name: str) -> DeviceMesh | None:
         """The mesh axis, if it has more than one rank: ``dp``, ``pp``, ``tp``, or the two that ``dp`` is made of where there
         are experts to share: ``ep``, whose ranks share them, and ``replicas``, whose ranks have the same ones."""
-        axis = None if self.mesh is None or (name in ("ep", "replicas") and self.ep == 1) else self.mesh[name]
+        axis = self.axes.get(name)
         return None if axis is None or axis.size() == 1 else axis
 
     def _from_first(self, value: Any) -> Any:

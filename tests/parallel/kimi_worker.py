@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def main(rank: int, folder: Path) -> None:
         os.dup2(log.fileno(), 2)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message=".*flattened")
     torch.set_default_dtype(torch.float64)
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", world_size=4, rank=rank)
