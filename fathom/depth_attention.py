@@ -14,6 +14,7 @@ and rounded once, on return. This file is the reference that every kernel and ev
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -29,8 +30,10 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def full_precision(tensor: Tensor) -> torch.autocast:
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast switched off: it would round both factors of a matrix product to bf16, whatever ``compute_dtype`` says."""
+    if tensor.is_meta:  # which has no autocast
+        return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 

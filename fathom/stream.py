@@ -36,6 +36,8 @@ def norm_parts(norm: Norm) -> tuple[Tensor | None, float]:
     plain = kind is nn.RMSNorm or kind.__dict__.get("plain_rms_norm", False)
     if not plain or not isinstance(norm, nn.Module) or norm._forward_hooks or norm._forward_pre_hooks:
         return None, 0.0
+    if "_hf_hook" in norm.__dict__:  # accelerate's, which may have the weight elsewhere until the call
+        return None, 0.0
     weight, eps = norm.weight, norm.eps
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float | int):
         return None, 0.0

@@ -31,6 +31,7 @@ from fathom.hf.layers import (
     shallow_copy,
 )
 from fathom.hf.modeling import reset_stream
+from fathom.hf.placement import loaded
 from fathom.models.config import ResidualConfig
 from fathom.residuals import make_stream
 from fathom.stream import Stream
@@ -136,6 +137,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = [
         "LlamaStreamLayer", "Gemma2StreamLayer", "GPT2StreamLayer", "GPTNeoXStreamLayer", "ParallelGPTNeoXStreamLayer",
     ]  # fmt: skip
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -207,11 +209,12 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
             norm = getattr(self.network.base_model, architecture(self.config.network_config()).norm)
             handle = norm.register_forward_hook(lambda module, inputs, output: last.append(output))
         try:
-            outputs = self.network(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-                logits_to_keep=logits_to_keep, **kwargs,
-            )  # fmt: skip
+            with loaded(self.stream):
+                outputs = self.network(
+                    input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels,
+                    past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+                    logits_to_keep=logits_to_keep, **kwargs,
+                )  # fmt: skip
             if wanted:
                 outputs["hidden_states"] = (*(self.trace.hidden or []), *last)
         finally:

@@ -21,6 +21,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fathom.hf.placement import placed_on, stream_on
 from fathom.stream import Stream
 
 
@@ -65,6 +66,8 @@ class StreamLayer(GradientCheckpointingLayer):
 
     def forward(self, state: Any, **kwargs: Any) -> Any:
         stream, trace = self._shared
+        if (device := placed_on(self)) is not None:  # where accelerate has moved the state, an argument, already
+            stream = stream_on(stream, device)
         if self.first_site == 0:
             state = stream.start(state)
         for site in range(len(self.norms)):

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from fathom.errors import UserError
 from fathom.hf.config import FathomConfig
+from fathom.hf.placement import follow, loaded, stream_on
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.layers import Attention, AttentionInput, AttentionOutput, RMSNorm, SwiGLU
 from fathom.residuals import make_stream
@@ -213,18 +214,21 @@ class FathomModel(FathomPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         hidden: list[Tensor] | None = [] if output_hidden_states else None
 
-        state = self.stream.start(embedding)
-        for site, sublayer in enumerate(self.sublayers):
-            if isinstance(sublayer, FathomAttention):
-                x, state = self.stream.read(state, site, recorded(cast(Norm, sublayer.norm), hidden))
-                output, _ = sublayer(
-                    x, positions=positions, attention_mask=mask, past_key_values=past_key_values, **kwargs
-                )
-            else:
-                x, state = self.stream.read(state, site, cast(Norm, sublayer.norm))
-                output = sublayer(x)
-            state = self.stream.write(state, site, output)
-        last = self.stream.finish(state, self.final_norm)
+        with loaded(self.stream):
+            stream = stream_on(self.stream, embedding.device)
+            state = stream.start(embedding)
+            for site, sublayer in enumerate(self.sublayers):
+                stream, state = follow(self.stream, stream, state, sublayer)
+                if isinstance(sublayer, FathomAttention):
+                    x, state = stream.read(state, site, recorded(cast(Norm, sublayer.norm), hidden))
+                    output, _ = sublayer(
+                        x, positions=positions, attention_mask=mask, past_key_values=past_key_values, **kwargs
+                    )
+                else:
+                    x, state = stream.read(state, site, cast(Norm, sublayer.norm))
+                    output = sublayer(x)
+                state = stream.write(state, site, output)
+            last = stream.finish(state, self.final_norm)
         return BaseModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=past_key_values,
