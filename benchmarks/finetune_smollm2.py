@@ -24,9 +24,10 @@ import torch
 from summarize import row, seeds_rows
 from timing import command
 
-from fathom.hf.finetune import FinetuneConfig, finetune
+from fathom.hf.finetune import finetune
 from fathom.train.config import DataConfig, OptimConfig
 from fathom.train.environment import machine, pick_device
+from fathom.train.finetune import FinetuneConfig
 
 ARMS = ("prenorm", "block")
 

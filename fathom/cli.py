@@ -237,6 +237,10 @@ def _run(args: list[str]) -> int:
     from fathom import commands
     from fathom.commands import runs
 
+    if name == "train" and any(word.partition("=")[0] == "--from" for word in rest):
+        raise UsageError(
+            "fathom train: --from is not a flag; `fathom finetune MODEL OUT` trains a model folder further"
+        )
     if name == "train" and (not rest or not rest[0].startswith("-")):
         from fathom.train.recipes import RECIPES
 

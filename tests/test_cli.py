@@ -174,6 +174,10 @@ def test_a_mistake_is_one_line(line: str, place: Path, capsys: Capture, monkeypa
         ("--versoin", "fathom: '--versoin' is not a flag; did you mean --version?"),
         ("data smaple", "fathom data: 'smaple' is not a command; did you mean sample?"),
         ("train quik", "fathom train: 'quik' is not a recipe; did you mean quick?"),
+        (
+            "train --from models/block --steps 3",
+            "fathom train: --from is not a flag; `fathom finetune MODEL OUT` trains",
+        ),
         ("train quick --optm.lr 1", "fathom train: --optm.lr is not a flag; did you mean --optim.lr?"),
         ("train quick --model.num_laiers 1", "is not a flag; did you mean --model.num-layers?"),
         ("train quick --optim.lr fast", "fathom train: --optim.lr: 'fast' is not a float"),
@@ -408,6 +412,13 @@ def test_bench_does_not_time_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(BlockAttnRes, "write", wrong)
         with pytest.raises(UserError, match="block differs from prenorm"):
             gate(config, torch.device("cpu"))
+
+
+def test_help_of_finetune_imports_no_transformers() -> None:
+    code = (
+        "import sys; from fathom.cli import main; main(['finetune', '--help']); sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_help_imports_no_torch() -> None:

@@ -73,7 +73,7 @@ def convert() -> Function:
 
 
 def finetune() -> Function:
-    from fathom.hf.finetune import FinetuneConfig
+    from fathom.train.finetune import FinetuneConfig
 
     def run(
         model: Positional[Path],
