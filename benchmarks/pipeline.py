@@ -1,13 +1,14 @@
-"""What a pipeline costs AttnRes on two GPUs of one host: tokens per second of PreNorm, naive transfer and cross-stage caching.
+"""What AttnRes costs on two GPUs of one host: in a pipeline, naive and cached, under FSDP2, and where both share each sublayer.
 
     torchrun --nproc-per-node 2 benchmarks/pipeline.py --out OUT
     torchrun --nproc-per-node 2 benchmarks/pipeline.py --device cpu --tiny --out OUT
 
-P = 2 ranks with V = 4 stages each, about a billion parameters, D = 2048; then FSDP2 over the same two. An arm is a whole training
-step (forward, backward, clipping, AdamW) through `fathom train`'s own classes. All arms are in one process group, and those of a
-pipeline, then those of FSDP2, take turns, A B C A B C, so that what drifts drifts for all; a ratio is taken between steps of one
-round. An arm is not timed before its loss is PreNorm's (queries start at zero, where AttnRes is its equal) and the bytes it
-sent are the formula's. All files are written again after every round: what was measured survives what fails later.
+P = 2 ranks with V = 4 stages each, about a billion parameters, D = 2048; then FSDP2 over the same two, then both at each sublayer
+(tensor and sequence parallelism). An arm is a whole training step (forward, backward, clipping, AdamW) through `fathom train`'s
+own classes. All arms are in one process group, and those of a group take turns, A B C A B C, so that what drifts drifts for
+all; a ratio is taken between steps of one round. An arm is not timed before its loss is PreNorm's (queries start at zero, where
+AttnRes is its equal) and the bytes it sends over hops are the formula's. All files are written again after every round: what was
+measured survives what fails later.
 
     OUT/result.json   medians over rounds, in the schema of benchmarks/results/
     OUT/raw.json      every step, the split, losses, what was left out and why
@@ -25,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -57,9 +59,11 @@ LAYOUTS = {
     "cached": PIPELINE,
     "fsdp-prenorm": ParallelConfig(dp=2),
     "fsdp": ParallelConfig(dp=2),
+    "tp-prenorm": ParallelConfig(tp=2),
+    "tp": ParallelConfig(tp=2),
 }
-GROUPS = (("prenorm", "naive", "cached"), ("fsdp-prenorm", "fsdp"))
-"""Arms that take turns; PreNorm is the first of each."""
+GROUPS = {"p2v4": ("prenorm", "naive", "cached"), "fsdp2": ("fsdp-prenorm", "fsdp"), "tp2": ("tp-prenorm", "tp")}
+"""Arms that take turns, by the name of their case; PreNorm is the first of each."""
 AGREE = {"float32": 1e-5, "bf16": 2e-3}
 """Largest relative difference of a first loss from PreNorm's."""
 
@@ -225,9 +229,9 @@ class Found:
     speeds: Speeds | None = None
 
 
-def summarize(case: str, found: Found, tokens: int) -> list[dict[str, Any]]:
+def summarize(dim: int, found: Found, tokens: int) -> list[dict[str, Any]]:
     rows = []
-    for base, *others in GROUPS:
+    for layout, (base, *others) in GROUPS.items():
         for name in (base, *others):
             # Those with most arms, in turns; fewer where a later arm failed.
             mine = [took for took in found.rounds if name in took]
@@ -236,7 +240,7 @@ def summarize(case: str, found: Found, tokens: int) -> list[dict[str, Any]]:
             if not mine:
                 continue
             rates = [tokens / took[name] for took in mine]
-            common = {"case": case.replace("p2v4", "fsdp2") if name.startswith("fsdp") else case, "arm": name}
+            common = {"case": f"pipeline-{layout}-d{dim}", "arm": name}
             rows.append({
                 **common, "metric": "tokens_per_s", "unit": "tokens/s", "median": statistics.median(rates), "low": min(rates),
                 "high": max(rates), "n": len(rates), "over_prenorm": statistics.median(t[base] / t[name] for t in mine),
@@ -251,8 +255,9 @@ def summarize(case: str, found: Found, tokens: int) -> list[dict[str, Any]]:
 
 def readme(result: dict[str, Any], raw: dict[str, Any]) -> str:
     lines = [
-        "# Pipelines on two GPUs: PreNorm, naive transfer, cross-stage caching; FSDP2", "",
-        "**Question.** What does AttnRes cost a pipelined training step, without and with cross-stage caching?", "",
+        "# Two GPUs: pipelines with naive transfer and cross-stage caching; FSDP2; shared sublayers", "",
+        "**Question.** What does AttnRes cost a training step on two GPUs: in a pipeline without and with cross-stage caching, "
+        "under FSDP2, and where both share every sublayer?", "",
         f"**Command.** `{result['command']}`. **Machine.** {result['machine']}, torch {result['versions']['torch']}.",
         f"{raw['parameters']:,} parameters, {raw['tokens']:,} tokens a step in {raw['micro_batches']} micro-batches.", "",
         "| arm | tokens/s (low to high) | over PreNorm |", "| --- | --- | --- |",
@@ -290,12 +295,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def axes(parallel: ParallelConfig) -> tuple[int, int, int]:
+    return parallel.pp, parallel.dp, parallel.tp
+
+
 class Session:
     """A run of this script on one of the two ranks."""
 
-    def __init__(self, options: argparse.Namespace, pipeline: Ranks, fsdp: Ranks) -> None:
-        self.options, self.ranks, self.begin = options, {2: pipeline, 1: fsdp}, time.perf_counter()
-        self.device, self.first, self.agreed, self.any = pipeline.device, pipeline.first, pipeline.agreed, pipeline.any
+    def __init__(self, options: argparse.Namespace, ranks: dict[tuple[int, int, int], Ranks]) -> None:
+        self.options, self.ranks, self.begin = options, ranks, time.perf_counter()
+        any_of_them = next(iter(ranks.values()))
+        self.device, self.first, self.number = any_of_them.device, any_of_them.first, any_of_them.number
+        self.agreed, self.any = any_of_them.agreed, any_of_them.any
         self.found = Found()
         config = run_config(options, "prenorm")
         rows = torch.randint(
@@ -321,7 +332,7 @@ class Session:
     def begin_arm(self, name: str) -> Arm | None:
         """The arm, warmed up by two steps; None if it is wrong."""
         config = run_config(self.options, name)
-        ranks = self.ranks[config.parallel.pp]
+        ranks = self.ranks[axes(config.parallel)]
         arm = Arm(name, config, make_network(build(self.weights, config.model), config, ranks))
         loss = self.found.losses[name] = float(arm.step(self.tokens, self.targets))
         if problem := self.agreed(arm.wrong(loss, self.found.losses["prenorm"])):
@@ -366,7 +377,7 @@ class Session:
             "name": "pipeline", "date": datetime.date.today().isoformat(),
             "command": f"torchrun --nproc-per-node 2 benchmarks/pipeline.py {shlex.join(words)}",
             "machine": f"2 x {versions['machine']}", "versions": versions,
-            "rows": summarize(f"pipeline-p2v4-d{config.model.dim}", found, self.tokens.numel()),
+            "rows": summarize(config.model.dim, found, self.tokens.numel()),
         }  # fmt: skip
         raw = {
             "parameters": sum(parameters(config.model).values()), "tokens": self.tokens.numel(),
@@ -384,16 +395,19 @@ class Session:
 def main() -> None:
     options = parse()
     device = pick_device(options.device)
-    with Ranks(PIPELINE, device) as pipeline, Ranks(ParallelConfig(dp=2), device) as fsdp:
-        session = Session(options, pipeline, fsdp)
-        for base, *others in GROUPS:
+    with ExitStack() as stack:
+        layouts = {axes(parallel): parallel for parallel in LAYOUTS.values()}
+        session = Session(
+            options, {key: stack.enter_context(Ranks(parallel, device)) for key, parallel in layouts.items()}
+        )
+        for base, *others in GROUPS.values():
             chosen = [name for name in others if name in options.arms]
             if chosen or base in options.arms or base == "prenorm":
                 session.group([base, *chosen])
             gc.collect()  # an arm's autograd graphs and hooks refer to one another
             if base == "prenorm" and not session.over("speeds"):
                 session.found.speeds = speeds(
-                    session.weights, run_config(options, "cached"), session.device, pipeline.number
+                    session.weights, run_config(options, "cached"), session.device, session.number
                 )
                 session.say("speeds measured")
                 session.write()

@@ -102,25 +102,19 @@ class SplitLinear(nn.Linear):
 
         It may be sharded by FSDP2 as well: then those of this rank's shard.
         """
-        at = [0, 0]
-        size = list(tensor.shape)
-        size[self.dim] *= self.count
+        dim, at, size = self.dim, [0, 0], list(tensor.shape)
+        size[dim] *= self.count
         if isinstance(tensor, DTensor):
             at = list(tensor.__create_chunk_list__()[0].offsets)
             tensor = tensor.to_local()
         parts = []
-        for piece, before in zip(self.sizes, accumulate(self.sizes, initial=0), strict=False):
-            own, mine = (
-                piece // self.count,
-                before // self.count,
-            )  # the piece's length on a rank, and where it begins there
-            low = max(mine, at[self.dim])
-            high = min(mine + own, at[self.dim] + tensor.shape[self.dim])
-            if low >= high or tensor.numel() == 0:
-                continue
-            first = list(at)
-            first[self.dim] = before + self.number * own + low - mine
-            parts.append((torch.Size(first), tensor.narrow(self.dim, low - at[self.dim], high - low)))
+        for before, piece in zip(accumulate(self.sizes, initial=0), self.sizes, strict=False):
+            begin, length = before // self.count, piece // self.count  # of the piece, on this rank
+            low, high = max(begin, at[dim]), min(begin + length, at[dim] + tensor.shape[dim])
+            if low < high and tensor.numel():
+                first = list(at)
+                first[dim] = before + self.number * length + low - begin
+                parts.append((torch.Size(first), tensor.narrow(dim, low - at[dim], high - low)))
         return Pieces(size, parts, tensor)
 
 

@@ -49,7 +49,7 @@ BEFORE = {
     "dp4-selective": "pp2-tp2",
     "pp2": ORIGIN,
     "pp2-v2-full": "alone",
-    "tp2": "tp2-dp2",
+    "tp2": "alone",
 }
 """Whose: ``alone`` is one process's."""
 STEPS, MIDDLE = 6, 3

@@ -18,7 +18,11 @@ def test_it_writes_its_result(world2: Ranks, folder: Path) -> None:
     assert result["command"].startswith("torchrun --nproc-per-node 2 benchmarks/pipeline.py")
     cases = {(row["case"], row["arm"], row["metric"], row["n"]) for row in result["rows"]}
     pipeline = {("pipeline-p2v4-d16", arm, "tokens_per_s", 2) for arm in ("prenorm", "naive", "cached")}
-    assert cases == pipeline | {("pipeline-fsdp2-d16", arm, "tokens_per_s", 2) for arm in ("fsdp-prenorm", "fsdp")}
+    assert cases == pipeline | {
+        (f"pipeline-{layout}2-d16", arm, "tokens_per_s", 2)
+        for layout in ("fsdp", "tp")
+        for arm in (f"{layout}-prenorm", layout)
+    }
     for row in result["rows"]:
         assert 0 < row["low"] <= row["median"] <= row["high"]
         assert (row["over_prenorm"] == 1) == row["arm"].endswith("prenorm")

@@ -101,6 +101,20 @@ def test_bytes_sent(name: str, results: Callable[[str], Ranks]) -> None:
     assert sent == {(stage, way): count * unit for stage, count in expected.items() for way in ("forward", "backward")}
 
 
+@pytest.mark.parametrize("name", ["2-tp-prenorm", "2-tp-block", "2-tp-full", "2-tp-recompute"])
+def test_bytes_of_shared_sublayers(name: str, results: Callable[[str], Ranks]) -> None:
+    """Each gathers its input and scatters its output, once a way, whatever the rule: a read needs nothing of another rank."""
+    case, count = CASES[name], CASES[name].config().num_sublayers
+    tensor = MICRO_BATCHES * TENSOR
+    # Computed again, a decoder layer ends with its last input: nothing waits for its last output.
+    gathers, scatters = (3 * count, 2 * count + count // 2) if case.recompute == "full" else (2 * count, 2 * count)
+    for rank in results(name):
+        assert rank["collectives"] == {
+            "all_gather_into_tensor": [tensor] * gathers,
+            "reduce_scatter_tensor": [tensor] * scatters,
+        }
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_parameter_is_on_one_rank(name: str, results: Callable[[str], Ranks]) -> None:
     """But for what all ranks of ``tp`` have: all but the matrices of sublayers."""

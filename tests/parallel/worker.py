@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fathom.models.transformer import Transformer
 from fathom.parallel.checkpoint import load, save
@@ -128,17 +129,33 @@ def whole_loss(case: Case, network: nn.Module, tokens: Tensor, targets: Tensor) 
     return next_token_loss(network(tokens=tokens), targets) / case.tp
 
 
+class Collectives(TorchDispatchMode):
+    """Counts what DTensor's collectives gather and scatter, in bytes of the whole tensors, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, list[int]] = defaultdict(list)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.name().partition("::")[2]
+        if function.namespace == "_c10d_functional" and not name.startswith(("wait", "_")):
+            self.seen[name].append(max(args[0].nbytes, result.nbytes))
+        return result
+
+
 def run_whole(case: Case) -> dict[str, Any]:
     network, tokens, targets = whole_of(case)
     steps = []
     for _ in range(2):
-        loss = whole_loss(case, network, tokens, targets)
-        loss.backward()
+        with Collectives() as collectives:
+            loss = whole_loss(case, network, tokens, targets)
+            loss.backward()
         total = loss.detach().clone()
         dist.all_reduce(total)
         steps.append((total / case.dp, gradients({0: network}, case)))
         network.zero_grad()
-    return {"steps": steps, "local": local_numbers([network])}
+    return {"steps": steps, "local": local_numbers([network]), "collectives": dict(collectives.seen)}
 
 
 def order_of(pipeline: Pipeline) -> list[tuple[int, bool, int]]:
