@@ -1,5 +1,6 @@
 """`fathom residuals` and `bench`: what a residual rule costs, counted and timed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,12 +79,14 @@ def bench() -> Function:
     from fathom.bench import BenchOptions
     from fathom.bench import bench as run_bench
     from fathom.commands.pipeline import show_pipeline
+    from fathom.errors import UserError
 
     def run(
         options: Annotated[BenchOptions, arg(name="")],
         memory: Annotated[bool, FlagCreatePairsOff] = False,
         ranks: int = 1,
         chunk: int | None = None,
+        size: str | None = None,
         pipeline: Annotated[bool, FlagCreatePairsOff] = False,
         virtual: int = 2,
         micro_batches: int | None = None,
@@ -98,11 +101,20 @@ def bench() -> Function:
             memory: Instead, say what serving --model takes in memory: --batch sequences of --model.context tokens.
             ranks: With --memory: over how many ranks the model is served. With --pipeline: ranks of the pipeline.
             chunk: With --memory: tokens of a prompt taken in at a time; the whole prompt if not given.
+            size: With --memory: a Kimi Linear of `fathom sizes`, instead of --model.
             pipeline: Instead, show the bytes of every hop of a pipeline, naive against cached; --batch is a micro-batch.
             virtual: With --pipeline: stages of one rank.
             micro_batches: With --pipeline: micro-batches of one step; 8, or two for each rank, if not given.
             speeds: With --pipeline: a JSON file with the speeds of a rank and its links, for the simulated times.
         """
+        if size is not None:
+            from fathom.models.sizes import SIZES
+
+            if not memory:
+                raise UserError(f"--size is {size}: it goes with --memory")
+            if size not in SIZES:
+                raise UserError(f"--size is {size!r}: it must be one of {', '.join(SIZES)}")
+            options = replace(options, model=SIZES[size]())
         if pipeline:
             show_pipeline(options, ranks, virtual, micro_batches or max(8, 2 * ranks), speeds, as_json=as_json)
             return
@@ -138,7 +150,7 @@ def _memory(options: "BenchOptions", ranks: int, chunk: int | None, as_json: boo
     from fathom.errors import UserError
     from fathom.inference import memory
     from fathom.inference.engine import Engine
-    from fathom.models.transformer import Transformer
+    from fathom.models.kimi_linear import build
     from fathom.train.environment import pick_device
 
     for name, value in (("ranks", ranks), ("chunk", chunk)):
@@ -154,7 +166,7 @@ def _memory(options: "BenchOptions", ranks: int, chunk: int | None, as_json: boo
     measured: memory.Bytes = {}
     if ranks == 1:
         with enough_memory("give a smaller --batch, --chunk or --model.context"):
-            net = Transformer(model, end_of_text=0).to(device)
+            net = build(model, end_of_text=0).to(device)
             measured = memory.measure(Engine(net, slots=slots, chunk=chunk, dtype=dtype))
     if as_json:
         print_json({"predicted": predicted, "measured": measured or None})

@@ -1,7 +1,8 @@
 """What serving a model takes, in bytes, before anything is allocated; and what it took, measured.
 
     weights     this rank's: attention and MLP are cut over the ranks, embedding, norms, rule and head are on every one
-    KV cache    2 · layers · slots · capacity · heads · W, this rank's heads
+    KV cache    2 · layers · slots · capacity · heads · W, this rank's heads; of Kimi Linear, MLA's latents
+    KDA state   of Kimi Linear: a float32 matrix for each head and slot, and the convolutions' latest inputs
     bank        N (T/P) D: N sources of the T tokens of one pass, cut over P ranks (arXiv 2603.15031, section 4.2);
                 for a rule without depth attention, what its state carries
     reads       what phase 1 of a block keeps for its later reads, (S - 1) (T/P) D, with a float32 denominator each
@@ -23,8 +24,10 @@ from fathom.full import default_chunk
 from fathom.inference.prenorm import PendingState
 from fathom.inference.sharded import share
 from fathom.kernels import backend_for
+from fathom.models import kimi_counts
 from fathom.models.accounting import parameters, source_counts, state_bytes
 from fathom.models.config import SWITCHES, ModelConfig
+from fathom.models.kimi_config import KimiConfig
 from fathom.residuals import RECOMMENDED_BLOCKS
 
 if TYPE_CHECKING:
@@ -49,15 +52,29 @@ def predict(
     rank: int = 0,
     device: torch.device | str = "cpu",
 ) -> Bytes:
-    """Bytes of ``weights``, ``kv_cache``, ``bank`` and ``reads`` on one rank, for an ``Engine`` of these settings."""
+    """Bytes of ``weights``, ``kv_cache``, ``bank`` and ``reads`` on one rank, for an ``Engine`` of these settings.
+
+    Of Kimi Linear, which one rank serves, ``kda_state`` as well.
+    """
     low, high = dtype.itemsize, max(dtype.itemsize, 4)
-    counts, kv = parameters(config), _share(config.kv_heads, rank, ranks)
-    heads = kv * (2 * config.num_heads // config.kv_heads + 2)
-    attention = config.num_layers * config.dim * config.head_width * heads
-    mlp = config.num_layers * 3 * config.dim * _share(config.mlp_width, rank, ranks)
-    plain = counts["embedding"] + counts["norms"] + counts["head"] + attention + mlp
+    counts = parameters(config)
     # The rule's own parameters are never rounded to less than float32, and the key gain is folded into the query.
-    rule = counts["residual rule"] // (2 if _attends(config) and config.residual.gain else 1)
+    wide = counts["residual rule"] // (2 if _attends(config) and config.residual.gain else 1)
+    plain = counts["embedding"] + counts["norms"] + counts["head"]
+    if isinstance(config, KimiConfig):
+        if ranks > 1:
+            raise UserError(f"ranks is {ranks}: Kimi Linear is served by one rank")
+        sublayers, kept = sum(kimi_counts.parameters(config).values()), kimi_counts.float32_parameters(config)
+        plain, wide = plain + sublayers - kept, wide + kept
+        one = kimi_counts.cache_bytes(config, capacity, low)
+        state = slots * (one["kda_state"] * high // 4 + one["kda_tails"])
+        cache = {"kv_cache": slots * one["mla_cache"], "kda_state": state}
+    else:
+        kv = _share(config.kv_heads, rank, ranks)
+        heads = kv * (2 * config.num_heads // config.kv_heads + 2)
+        plain += config.num_layers * config.dim * config.head_width * heads
+        plain += config.num_layers * 3 * config.dim * _share(config.mlp_width, rank, ranks)
+        cache = {"kv_cache": 2 * config.num_layers * slots * capacity * kv * config.head_width * low}
     tokens = slots * min(chunk or capacity, capacity)
     local = -(-tokens // ranks)
     if _attends(config):
@@ -65,8 +82,8 @@ def predict(
     else:
         bank = state_bytes(config) * low // 2 * local
     return {
-        "weights": plain * low + rule * high,
-        "kv_cache": 2 * config.num_layers * slots * capacity * kv * config.head_width * low,
+        "weights": plain * low + wide * high,
+        **cache,
         "bank": bank,
         "reads": _kept_reads(config, device, dtype) * local * (config.dim * low + high),
     }
@@ -132,7 +149,9 @@ def measure(engine: "Engine") -> Bytes:
 
     engine.prefill([[1 % engine.config.vocab_size] * engine.capacity] * engine.slots, observe=observe)
     engine.reset()
-    return {"weights": sum(weights.values()), "kv_cache": engine.cache.nbytes, **most}
+    state = sum(tensor.nbytes for tensor in engine.cache.recurrent)
+    cache = {"kv_cache": engine.cache.nbytes - state} | ({"kda_state": state} if state else {})
+    return {"weights": sum(weights.values()), **cache, **most}
 
 
 def _sources(state: Any) -> Any:

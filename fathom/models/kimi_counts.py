@@ -29,6 +29,13 @@ def parameters(config: KimiConfig) -> dict[str, int]:
     }
 
 
+def float32_parameters(config: KimiConfig) -> int:
+    """Those that stay in float32 where the rest is served in less: KDA's taps, decay biases and rates, and the routers."""
+    inner, kda = config.num_heads * config.head_width, config.num_layers - config.mla_layers
+    moe = config.num_layers - config.dense_layers
+    return kda * (inner * (3 * config.conv_size + 1) + config.num_heads) + moe * config.num_experts * (config.dim + 1)
+
+
 def active(config: KimiConfig, counts: dict[str, int]) -> int:
     """Of ``counts``, the parameters that one token meets."""
     idle = counts["routed experts"] * (config.num_experts - config.active_experts) // config.num_experts

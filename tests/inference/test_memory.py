@@ -1,6 +1,7 @@
 """Predicted bytes are the measured ones, the paper's figures come out, and what does not fit is refused with the numbers."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from fathom.errors import UserError
 from fathom.inference.engine import Engine
 from fathom.inference.memory import available, bank_bytes, check, measure, predict, size
 from fathom.models.config import ModelConfig, ResidualConfig
+from fathom.models.kimi_linear import build
+from fathom.models.sizes import micro
 from fathom.models.transformer import Transformer
 
 RESIDUALS = [
@@ -31,6 +34,18 @@ def test_prediction_is_what_is_measured(residual: ResidualConfig, chunk: int | N
         config = ModelConfig(**settings, **more, residual=residual)
         engine = Engine(Transformer(config), slots=3, chunk=chunk, dtype=dtype)
         assert predict(config, slots=3, capacity=12, chunk=chunk, dtype=dtype) == measure(engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"full_rank_gate": True, "query_rank": 12, "mla_gate": True, "latent_dim": 16, "decay_floor": -5.0}]
+)
+def test_prediction_is_what_is_measured_of_kimi_linear(options: dict[str, Any], dtype: torch.dtype) -> None:
+    for residual in (ResidualConfig(rule="prenorm"), ResidualConfig(rule="block", num_blocks=3)):
+        config = replace(micro(), context=12, residual=residual, **options)
+        engine = Engine(build(config), slots=3, chunk=5, dtype=dtype)
+        predicted = predict(config, slots=3, capacity=12, chunk=5, dtype=dtype)
+        assert predicted == measure(engine) and predicted["kda_state"] > 0
 
 
 def test_the_bank_is_that_of_the_paper() -> None:
@@ -75,6 +90,16 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--memory", *tiny, "--ranks", "4", "--chunk", "8"]) == 0
     out = capsys.readouterr().out
     assert "chunks of 8 tokens, rank 0 of 4" in out and f"{5 * 4 * 16 * 4:,}" in out
+    assert main(["bench", "--memory", "--size", "micro", "--batch", "2", "--device", "cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["predicted"] == result["measured"] and result["predicted"]["kda_state"] > 0
+    assert main(["bench", "--memory", "--size", "k3", "--device", "cpu"]) == 2
+    assert "kda state" in capsys.readouterr().err
+    for wrong, said in ((["--memory", "--size", "49b"], "--size is '49b': it must be one of micro"),
+                        (["--size", "micro"], "it goes with --memory"),
+                        (["--memory", "--size", "micro", "--ranks", "2"], "served by one rank")):  # fmt: skip
+        assert main(["bench", *wrong]) == 2
+        assert said in capsys.readouterr().err
     assert main(["bench", "--memory", *tiny, "--ranks", "0"]) == 2
     assert "ranks is 0" in capsys.readouterr().err
     assert main(["bench", "--memory", *tiny, "--model.context", str(2**40)]) == 2
