@@ -169,6 +169,7 @@ class FathomModel(FathomPreTrainedModel):
         )
         self.stream = make_stream(native.residual, native.num_sublayers, native.dim)
         self.final_norm = RMSNorm(native.dim, native.norm_eps)
+        self.native_config = native
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -209,7 +210,7 @@ class FathomModel(FathomPreTrainedModel):
             config=self.config, inputs_embeds=embedding, attention_mask=attention_mask, past_key_values=past_key_values,
             position_ids=position_ids, and_mask_function=self._same_document(input_ids, attention_mask, past_key_values),
         )  # fmt: skip
-        positions = rotary(position_ids, self.config.model_config(), embedding.dtype)
+        positions = rotary(position_ids, self.native_config, embedding.dtype)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden: list[Tensor] | None = [] if output_hidden_states else None
