@@ -41,7 +41,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: Tensor, entry: "_Entry") -> Tensor:
         ctx.entry = entry
-        return source.view_as(source)
+        return source.detach()  # no view, of which FSDP2 would warn
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
