@@ -55,7 +55,8 @@ def backend_for(device: torch.device | str, dtype: torch.dtype = torch.bfloat16)
     if asked == "triton":
         if not found:
             raise UserError("backend triton is asked for, but the package triton is not installed; pip install triton")
-        if torch.device(device).type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        # Meta tensors stand for a GPU's: the operations have their shapes.
+        if torch.device(device).type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
             where = torch.device(device).type
             raise UserError(f"backend triton is asked for on {where}: it needs a CUDA device, or TRITON_INTERPRET=1")
         return "triton"

@@ -241,6 +241,8 @@ class KDA(nn.Module):
         self.head_norm = RMSNorm(width, config.norm_eps)
         self.out = nn.Linear(inner, dim, bias=False)
 
+    delta_rule = staticmethod(delta_rule)
+
     def head_rows(self) -> dict[str, int]:
         """Rows of one head in each matrix that makes queries, keys or values, by its name here."""
         return dict.fromkeys(("query.weight", "key.weight", "value.weight"), self.head_width)
@@ -274,7 +276,7 @@ class KDA(nn.Module):
         beta = torch.sigmoid(self.beta(x).to(log_decay.dtype))
         if live is not None:  # what pads a row leaves its state as it is
             log_decay, beta = log_decay * live[..., None, None], beta * live.unsqueeze(-1)
-        output, state = delta_rule(
+        output, state = self.delta_rule(
             query, key, heads[2], log_decay, beta, None if memory is None else memory.state, documents, context.cuts
         )
         if window is not None:

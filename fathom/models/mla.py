@@ -64,6 +64,10 @@ class MLA(nn.Module):
         latent, shared = latents.split((self.rank, self.shared), dim=-1)
         own, value = rearrange(self.expand(latent), "B N (H W) -> B H N W", H=self.num_heads).chunk(2, dim=-1)
         key = torch.cat((own, shared.unsqueeze(1).expand(-1, self.num_heads, -1, -1)), dim=-1)
+        return self.attend(query, key, value, mask)
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Float[Tensor, "B H T V"]:
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
 
     def absorbed(

@@ -146,12 +146,16 @@ class Router(nn.Module):
     def forward(self, x: Float[Tensor, "R D"]) -> tuple[Int[Tensor, "R k"], Float[Tensor, "R k"]]:
         """Chosen experts and their weights, in float32 at least."""
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            scores = torch.sigmoid(F.linear(x.to(wide), self.weight.to(wide)))
-            biased = (scores + self.bias.to(wide)).detach()
-            chosen = biased.topk(self.active, dim=-1).indices
-            weights = scores.gather(1, chosen)
-            weights = self.scaling * weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            return self.choose(x)
+
+    def choose(self, x: Float[Tensor, "R D"]) -> tuple[Int[Tensor, "R k"], Float[Tensor, "R k"]]:
+        """``forward`` where nothing is cast."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scores = torch.sigmoid(F.linear(x.to(wide), self.weight.to(wide)))
+        biased = (scores + self.bias.to(wide)).detach()
+        chosen = biased.topk(self.active, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        weights = self.scaling * weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.training and torch.is_grad_enabled():
             self._note(scores.detach(), biased, chosen)
         return chosen, weights

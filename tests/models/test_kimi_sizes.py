@@ -36,6 +36,8 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]):
     assert rows["48b"]["mla_cache"] == 7 * 4096 * 576 * 2
     assert rows["48b"]["bank_bytes"] == 10 * 4096 * 2304 * 2
     assert rows["k3"]["kda_state"] == 69 * 96 * 128 * 128 * 4
+    for row in rows.values():
+        assert row["activation_bytes"]["prenorm"] < row["activation_bytes"]["block"]
     assert main(["sizes"]) == 0
     assert "104.2 B active" in capsys.readouterr().out
     assert main(["sizes", "--context", "0"]) == 2
