@@ -120,6 +120,14 @@ class _SeveralNetwork(Network):
         if self.ranks.once(folder.exists):
             return folder
         self.ranks.once(lambda: checkpoint.clear(run))
+        if self.ranks.size == 1:  # with recomputation alone; there is no group for a thread to write in
+            try:
+                distributed.save(folder, self.parts, self.optimizers, vars(progress))
+            except UserError as error:
+                checkpoint.clear(run)
+                raise UserError(f"{error}; {checkpoint.last_good(run)}") from None
+            checkpoint.prune(run, self.config.keep_checkpoints)
+            return folder
         self.saving = distributed.Saving(
             folder, self.parts, self.optimizers, vars(progress), self.ranks.background,
             after=lambda: checkpoint.prune(run, self.config.keep_checkpoints),

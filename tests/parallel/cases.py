@@ -88,10 +88,12 @@ CASES = {
     "2-tp-block": Case(2, 1, _block(3), 3, tp=2),
     "2-tp-full": Case(2, 1, ResidualConfig(rule="full"), 2, tp=2, document_mask=True),
     "2-tp-recompute": Case(2, 1, _block(3), 3, tp=2, recompute="full"),
+    "4-tp-fsdp-prenorm": Case(4, 1, ResidualConfig(rule="prenorm"), 2, tp=2, dp=2),
     "4-tp-fsdp": Case(4, 1, _block(3), 3, tp=2, dp=2),
     "4-tp-fsdp-full": Case(4, 1, ResidualConfig(rule="full"), 2, tp=2, dp=2),
     "4-tp-prenorm": Case(4, 2, ResidualConfig(rule="prenorm"), 3, tp=2),
     "4-tp-v2": Case(4, 2, _block(5), 5, tp=2),
+    "4-tp-full": Case(4, 1, ResidualConfig(rule="full"), 2, tp=2),
 }  # fmt: skip
 
 

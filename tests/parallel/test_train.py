@@ -82,6 +82,18 @@ def test_one_process_goes_on_with_what_several_saved(folder: Path, world4: Ranks
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-9)
 
 
+def test_one_process_recomputes(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recompute = replace(config(folder / "corpus"), parallel=ParallelConfig(recompute="full"))
+    in_float64(lambda: loop.train(recompute, run))
+    again = cut_short(run, tmp_path / "again")
+    in_float64(lambda: loop.resume(again))
+    for found in (run, again):
+        for row, other in zip(numbers(found), numbers(folder / "alone"), strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-9)
+        assert [path.name for path in checkpoints(found)] == [f"step-{step:06d}" for step in (MIDDLE, STEPS)]
+
+
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(
     damage: str, folder: Path, world4: Ranks, tmp_path: Path
