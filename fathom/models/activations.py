@@ -9,6 +9,7 @@ tokens (no documents are masked), so that two short lengths tell any. Casts of w
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -127,29 +128,44 @@ def _head(config: KimiConfig, tokens: int) -> int:
     return targets.nbytes + kept
 
 
-def gpu_activation_bytes(config: KimiConfig, batch: int, context: int) -> dict[str, int]:
-    """Bytes by part: ``sublayers``, ``head and loss``, and the stream with its norms, ``prenorm`` and ``block`` (of ``config``,
-    if that is its rule, otherwise of N = 8). Where triton is not installed the stream's are of the plain equations."""
-    plain, total = replace(config, document_mask=False), batch * context
-    block = config.residual if config.residual.rule == "block" else ResidualConfig(rule="block", num_blocks=8)
+Linear = tuple[int, int, int]
+"""Bytes of a pass, of each sequence, and of each token."""
+
+
+def _by_token(count: Callable[[int], int]) -> Linear:
+    one, two = count(SHORT), count(2 * SHORT)
+    return 2 * one - two, 0, (two - one) // SHORT
+
+
+def _all_sublayers(config: KimiConfig) -> Linear:
     kinds: list[tuple[type[nn.Module], int]] = [
         (KDA, config.num_layers - config.mla_layers), (MLA, config.mla_layers), (Dense, config.dense_layers),
         (MoE, config.num_layers - config.dense_layers),
     ]  # fmt: skip
+    total = [0, 0, 0]
+    for kind, number in kinds:
+        if number:
+            one, longer, two = (_sublayer(config, kind, b, t) for b, t in ((1, SHORT), (1, 2 * SHORT), (2, SHORT)))
+            sequence = two - longer  # a convolution's zeros
+            for n, share in enumerate((2 * one - longer - sequence, sequence, (longer - one) // SHORT)):
+                total[n] += number * share
+    return total[0], total[1], total[2]
 
-    def by_token(count: Callable[[int], int]) -> int:
-        one, two = count(SHORT), count(2 * SHORT)
-        return 2 * one - two + (two - one) * total // SHORT
 
-    def sublayer(kind: type[nn.Module]) -> int:
-        # A convolution's zeros are of each sequence.
-        one, longer, two = (_sublayer(plain, kind, b, t) for b, t in ((1, SHORT), (1, 2 * SHORT), (2, SHORT)))
-        return one + (longer - one) * (total - batch * SHORT) // SHORT + (two - one) * (batch - 1)
-
+@cache
+def _parts(config: KimiConfig) -> dict[str, Linear]:
+    block = config.residual if config.residual.rule == "block" else ResidualConfig(rule="block", num_blocks=8)
     with torch.device("meta"), use_backend("triton" if importlib.util.find_spec("triton") else "reference"):
         return {
-            "sublayers": sum(number * sublayer(kind) for kind, number in kinds if number),
-            "head and loss": by_token(lambda tokens: _head(plain, tokens)),
-            "prenorm": by_token(lambda tokens: _stream(plain, ResidualConfig(rule="prenorm"), tokens)),
-            "block": by_token(lambda tokens: _stream(plain, block, tokens)),
+            "sublayers": _all_sublayers(config),
+            "head and loss": _by_token(lambda tokens: _head(config, tokens)),
+            "prenorm": _by_token(lambda tokens: _stream(config, ResidualConfig(rule="prenorm"), tokens)),
+            "block": _by_token(lambda tokens: _stream(config, block, tokens)),
         }
+
+
+def gpu_activation_bytes(config: KimiConfig, batch: int, context: int) -> dict[str, int]:
+    """Bytes by part: ``sublayers``, ``head and loss``, and the stream with its norms, ``prenorm`` and ``block`` (of ``config``,
+    if that is its rule, otherwise of N = 8). Where triton is not installed the stream's are of the plain equations."""
+    parts = _parts(replace(config, document_mask=False)).items()
+    return {name: fixed + batch * (sequence + context * token) for name, (fixed, sequence, token) in parts}
