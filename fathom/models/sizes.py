@@ -91,7 +91,7 @@ def nano() -> KimiConfig:
     """For one GPU: 87 M active (100 M with the head) of 385 M parameters."""
     config = KimiConfig(
         vocab_size=16_384, context=1024, dim=768, num_layers=12, num_heads=6, head_dim=128, mlp_dim=3072,
-        kv_rank=256, shared_key_dim=64, num_experts=32, active_experts=4, expert_dim=384, document_mask=True,
+        kv_rank=256, shared_key_dim=64, num_experts=32, active_experts=4, expert_dim=384, balance_rate=1e-2, document_mask=True,
         residual=ResidualConfig(rule="block", num_blocks=8),
     )  # fmt: skip
     return _checked(config, total=384_977_686, active=87_313_174)
