@@ -87,7 +87,7 @@ class ShardedExperts(Experts):
         arrived = _Exchange.apply(rows, sent, received, group)
         # They come rank by rank, and the experts want them expert by expert.
         mine = torch.arange(per_rank.shape[1], device=x.device).repeat(self.ranks)
-        sorting = mine.repeat_interleave(incoming).argsort(stable=True)
+        sorting = mine.repeat_interleave(incoming, output_size=sum(received)).argsort(stable=True)
         output = self.sorted(arrived[sorting], per_rank.sum(0))
         back = torch.empty_like(output).index_copy(0, sorting, output)
         returned = _Exchange.apply(back, received, sent, group)

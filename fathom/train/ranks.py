@@ -152,9 +152,9 @@ class ShardedNetwork(_SeveralNetwork):
         network: Transformer | Stage = model
         if recompute != "none":
             network = Stage(model, whole(config.model), 0, recompute=recompute)
-        network.to(ranks.device)
-        if ep := ranks.axis("ep"):
+        if ep := ranks.axis("ep"):  # first: a device need not hold the experts of all
             shard_experts(network, ep)
+        network.to(ranks.device)
         if config.compile == "layers":
             for sublayer in model.sublayers:
                 sublayer.compile()
