@@ -84,7 +84,7 @@ CASES = {
     "4-fsdp-v2": Case(4, 2, _block(5), 5, dp=2),
     "4-fsdp-recompute": Case(4, 2, _block(5), 5, dp=2, recompute="full"),
     "4-fsdp-v2-naive": Case(4, 2, _block(5), 5, dp=2, cache=False),
-    "2-tp-prenorm": Case(2, 1, ResidualConfig(rule="prenorm"), 2, tp=2),
+    "2-tp-prenorm": Case(2, 1, ResidualConfig(rule="prenorm"), 3, tp=2),
     "2-tp-block": Case(2, 1, _block(3), 3, tp=2),
     "2-tp-full": Case(2, 1, ResidualConfig(rule="full"), 2, tp=2, document_mask=True),
     "2-tp-recompute": Case(2, 1, _block(3), 3, tp=2, recompute="full"),

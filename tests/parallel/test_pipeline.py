@@ -9,8 +9,11 @@ from torch import Tensor
 
 from fathom.models.transformer import Transformer
 from fathom.parallel.plan import Plan, make_plan
+from fathom.parallel.plan import whole as whole_network
+from fathom.parallel.stages import Stage
 from tests.parallel.cases import CASES, LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, batch, network
 from tests.parallel.conftest import Ranks
+from tests.parallel.worker import kept
 
 pytestmark = pytest.mark.dist
 TOLERANCE = 1e-10
@@ -113,6 +116,22 @@ def test_bytes_of_shared_sublayers(name: str, results: Callable[[str], Ranks]) -
             "all_gather_into_tensor": [tensor] * gathers,
             "reduce_scatter_tensor": [tensor] * scatters,
         }
+
+
+def test_memory_of_shared_sublayers(results: Callable[[str], Ranks]) -> None:
+    """Recomputed, a rank keeps its tokens of each layer's partial sum and of the bank; else what AttnRes adds is a P-th."""
+    tokens, alone = batch(CASES["2-tp-block"])[0], {}
+    for name in ("2-tp-recompute", "2-tp-block", "2-tp-prenorm"):
+        case = CASES[name]
+        stage = Stage(network(case), whole_network(case.config()), 0, recompute=case.recompute)
+        alone[name] = kept(stage, tokens)
+    for rank in range(2):
+        shared = {name: results(name)[rank]["kept"] for name in alone}
+        own_tokens = shared["2-tp-recompute"] - alone["2-tp-recompute"] // 2
+        assert 0 <= own_tokens <= tokens.nbytes
+        more, more_alone = (found["2-tp-block"] - found["2-tp-prenorm"] for found in (shared, alone))
+        assert 2 * more == pytest.approx(more_alone, rel=0.02)  # but for folded queries
+        assert more > 0
 
 
 @pytest.mark.parametrize("name", CASES)

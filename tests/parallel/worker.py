@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fathom.models.transformer import Transformer
 from fathom.parallel.checkpoint import load, save
+from fathom.parallel.footprint import _Alive
 from fathom.parallel.pipeline import Pipeline, next_token_loss
 from fathom.parallel.plan import whole
 from fathom.parallel.shard import shard
@@ -144,9 +145,16 @@ class Collectives(TorchDispatchMode):
         return result
 
 
+def kept(network: nn.Module, tokens: Tensor) -> int:
+    """Bytes that a forward pass leaves for the backward pass, beside the logits."""
+    with _Alive([*network.parameters(), *network.buffers()]) as alive:
+        logits = network(tokens=tokens)
+        return alive.bytes - logits.nbytes
+
+
 def run_whole(case: Case) -> dict[str, Any]:
     network, tokens, targets = whole_of(case)
-    steps = []
+    steps, left = [], kept(network, tokens) if case.dp == 1 else 0
     for _ in range(2):
         with Collectives() as collectives:
             loss = whole_loss(case, network, tokens, targets)
@@ -155,7 +163,7 @@ def run_whole(case: Case) -> dict[str, Any]:
         dist.all_reduce(total)
         steps.append((total / case.dp, gradients({0: network}, case)))
         network.zero_grad()
-    return {"steps": steps, "local": local_numbers([network]), "collectives": dict(collectives.seen)}
+    return {"steps": steps, "local": local_numbers([network]), "collectives": dict(collectives.seen), "kept": left}
 
 
 def order_of(pipeline: Pipeline) -> list[tuple[int, bool, int]]:
