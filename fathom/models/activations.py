@@ -2,13 +2,12 @@
 
 One layer of each kind, the stream and the head run on meta tensors, which have shapes and no data; every distinct storage that
 autograd saves is added once. They are in bf16, as under autocast, and where a GPU has a kernel of its own, a stand-in saves what
-that one saves: fla-core's KDA, attention that keeps no weights, grouped products, the fused norm. All of it grows linearly with
-tokens (no documents are masked), so that two short lengths tell any. Casts of weights are not counted.
+that one saves: fla-core's KDA, attention that keeps no weights, grouped products, the fused norm. All of it but MLA's mask of
+documents grows linearly with tokens, so that two short lengths tell any. Casts of weights are not counted.
 """
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -59,7 +58,9 @@ class _MLA(MLA):
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         attention = torch.ops.aten._scaled_dot_product_efficient_attention
-        return attention(query, key, value, None, compute_log_sumexp=True, is_causal=True)[0]
+        # A mask becomes numbers to add.
+        bias = None if mask is None else torch.empty_like(mask, dtype=query.dtype).expand(-1, query.shape[1], -1, -1)
+        return attention(query, key, value, bias, compute_log_sumexp=True, is_causal=mask is None)[0]
 
 
 class _Router(Router):
@@ -103,7 +104,9 @@ def _tokens(shape: tuple[int, ...]) -> Tensor:
 
 def _sublayer(config: KimiConfig, kind: type[nn.Module], batch: int, tokens: int) -> int:
     sublayer, nothing = _stand_in(kind(config)), torch.empty(0)
-    return _saved(sublayer, lambda: sublayer(_tokens((batch, tokens, config.dim)), Context(nothing, nothing, None)))
+    documents = torch.empty(batch, tokens, dtype=torch.int64) if config.document_mask else None
+    context = Context(nothing, nothing, None, documents=documents)
+    return _saved(sublayer, lambda: sublayer(_tokens((batch, tokens, config.dim)), context))
 
 
 def _stream(config: KimiConfig, residual: ResidualConfig, tokens: int) -> int:
@@ -167,5 +170,8 @@ def _parts(config: KimiConfig) -> dict[str, Linear]:
 def gpu_activation_bytes(config: KimiConfig, batch: int, context: int) -> dict[str, int]:
     """Bytes by part: ``sublayers``, ``head and loss``, and the stream with its norms, ``prenorm`` and ``block`` (of ``config``,
     if that is its rule, otherwise of N = 8). Where triton is not installed the stream's are of the plain equations."""
-    parts = _parts(replace(config, document_mask=False)).items()
-    return {name: fixed + batch * (sequence + context * token) for name, (fixed, sequence, token) in parts}
+    parts = _parts(config).items()
+    found = {name: fixed + batch * (sequence + context * token) for name, (fixed, sequence, token) in parts}
+    if config.document_mask:
+        found["sublayers"] += batch * config.mla_layers * 2 * context**2
+    return found

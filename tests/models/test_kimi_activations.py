@@ -19,7 +19,7 @@ CONFIG = KimiConfig(
 K3 = {"full_rank_gate": True, "decay_floor": -5.0, "query_rank": 24, "mla_gate": True, "latent_dim": 16}
 
 
-@pytest.mark.parametrize("options", [{}, K3])
+@pytest.mark.parametrize("options", [{}, {"document_mask": True}, K3])
 @pytest.mark.parametrize("rule", ["prenorm", "block"])
 def test_a_network_keeps_what_its_parts_keep(rule: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole forward pass at another length than the parts were counted at."""
@@ -29,7 +29,7 @@ def test_a_network_keeps_what_its_parts_keep(rule: str, options: dict, monkeypat
     monkeypatch.setattr(transformer, "initialize", lambda *_: None)
     tokens, targets = (torch.empty(3, 192, dtype=torch.int64, device="meta") for _ in range(2))
     with torch.device("meta"), use_backend("triton"):
-        model = activations._stand_in(KimiLinear(config))
+        model = activations._stand_in(KimiLinear(config, end_of_text=0))
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
         found = activations._saved(model, lambda: model.loss(tokens, targets))
     block = {} if rule == "block" else {"residual": ResidualConfig(rule="block", block_size=4)}
