@@ -137,7 +137,7 @@ class Window:
         if query.shape[2] == 1:
             # The heads of a group read the same keys: as the rows of one head they need no copies of them.
             rows = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
-            return F.scaled_dot_product_attention(rows, key, value, self._mask).view(query.shape)
+            return F.scaled_dot_product_attention(rows, key, value, self._mask).reshape(query.shape)
         if self.start is not None and not self.documents:
             mask = causal_lower_right(query.shape[2], self.end)
             return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)

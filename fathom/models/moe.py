@@ -118,7 +118,8 @@ def weighted(
 ) -> Float[Tensor, "R D"]:
     """The weighted sum of each row's outputs, which come in the experts' order."""
     back = torch.empty_like(output).index_copy(0, order, output).unflatten(0, weights.shape)
-    return (back * weights.unsqueeze(-1).to(output.dtype)).sum(1)
+    # CUDA's autocast sums in float32 and would hand the stream float32.
+    return (back * weights.unsqueeze(-1).to(output.dtype)).sum(1).to(output.dtype)
 
 
 def count(chosen: Int[Tensor, "R k"], num_experts: int) -> Int[Tensor, " E"]:
