@@ -60,6 +60,9 @@ class Transformer(nn.Module):
         """Initialise a parameter that ``initialize`` has no rule for."""
         raise AssertionError(f"initialize has no rule for {name}")
 
+    def _context(self, tokens: Tensor) -> Context:
+        return make_context(self.config, tokens, self.cos, self.sin, self.end_of_text)
+
     def hidden(
         self, tokens: Int[Tensor, "B T"], observe: Observe | None = None, context: Context | None = None
     ) -> Float[Tensor, "B T D"]:
@@ -70,7 +73,7 @@ class Transformer(nn.Module):
         its read saw: the place for instruments, which must not change it.
         """
         if context is None:
-            context = make_context(self.config, tokens, self.cos, self.sin, self.end_of_text)
+            context = self._context(tokens)
         embedding = self.embedding(tokens)
         if torch.is_autocast_enabled(embedding.device.type):
             embedding = embedding.to(torch.get_autocast_dtype(embedding.device.type))
