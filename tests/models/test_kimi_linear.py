@@ -1,7 +1,9 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fathom.errors import UserError
 from fathom.models.accounting import activation_bytes, assert_parameters, flops_per_token, parameters
@@ -82,6 +84,27 @@ def test_activation_bytes_are_what_autograd_saves():
         loss = model.loss(batch, batch)
     assert sum(activation_bytes(config, 2, 16).values()) == sum(t.untyped_storage().nbytes() for t in saved.values())
     del loss
+
+
+class LikeCuda(TorchFunctionMode):
+    """Of CUDA's autocast what a CPU's does not do: sums come in float32 unless they are told otherwise."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        is_sum = getattr(function, "__name__", "") == "sum" and "dtype" not in (kwargs or {})
+        return result.float() if is_sum and torch.is_autocast_enabled("cpu") else result
+
+
+@pytest.mark.parametrize("options", [{}, K3_OPTIONS])
+def test_what_a_sublayer_writes_has_the_stream_s_dtype(options: dict):
+    """Kernels of the residual path refuse another."""
+    config = replace(SMALL, document_mask=True, residual=ResidualConfig(rule="block", num_blocks=3), **options)
+    model, found = build(config, end_of_text=0), []
+    for sublayer in model.sublayers:
+        sublayer.register_forward_hook(lambda module, _, output: found.append((type(module).__name__, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16), LikeCuda():
+        model(tokens()[:, :-1])
+    assert len(found) == 8 and {dtype for _, dtype in found} == {torch.bfloat16}, found
 
 
 def test_documents_do_not_see_each_other():
