@@ -154,6 +154,10 @@ def repeat(part: Callable[[], Any], count: int) -> None:
         part()
 
 
+IN_A_ROW = 4
+"""Passes of a stage that are timed together."""
+
+
 def link(device: torch.device, number: int) -> tuple[float, float]:
     """Bytes per second from the first rank to the second, and seconds of a hop of next to nothing."""
     times = {}
@@ -181,17 +185,22 @@ def stage_speeds(weights: Transformer, config: RunConfig, device: torch.device) 
         received = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(count)]
         tokens = torch.zeros(shape[:2], dtype=torch.int64, device=device)
         best = [float("inf")] * 2
-        for _ in range(6):
-            outputs: list[Tensor] = []
+        for _ in range(4):
+            # Several in a row, so that neither the first launches nor the barrier at the end are what is timed.
+            outputs: list[list[Tensor]] = []
 
             def forward(stage=stage, received=received, tokens=tokens, outputs=outputs) -> None:  # type: ignore[no-untyped-def]
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    outputs.extend(stage(*received, tokens=tokens))
+                    outputs.append(list(stage(*received, tokens=tokens)))
 
             def backward(outputs=outputs) -> None:  # type: ignore[no-untyped-def]
-                torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+                made = outputs.pop()
+                torch.autograd.backward(made, [torch.ones_like(output) for output in made])
 
-            best = [min(best[0], seconds(forward, device)), min(best[1], seconds(backward, device))]
+            best = [
+                min(before, seconds(partial(repeat, part, IN_A_ROW), device) / IN_A_ROW)
+                for before, part in zip(best, (forward, backward), strict=True)
+            ]
         found.append((best[0], best[1]))
     sites = make_plan(model, 2, 4).sites(1)
     prenorm = site_costs(replace(model, residual=ResidualConfig(rule="prenorm")))
@@ -207,7 +216,9 @@ def speeds(weights: Transformer, config: RunConfig, device: torch.device, number
     number_bytes = 2 if config.precision == "bf16" else 4
     size = (config.data.micro_batch or 1) * config.model.context * config.model.dim * number_bytes
     source = torch.zeros(size, dtype=torch.uint8, device=device)
-    memory = 2 * size / min(seconds(source.clone, device) for _ in range(5))
+    target = torch.empty_like(source)
+    copies = partial(repeat, partial(target.copy_, source), 20)
+    memory = 2 * size / (min(seconds(copies, device) for _ in range(5)) / 20)
     return Speeds(
         forward_flops=forward, backward_flops=backward, memory=memory, read_forward=read_forward * memory / size,
         read_backward=read_backward * memory / size, link=bandwidth, network=bandwidth, latency=latency,

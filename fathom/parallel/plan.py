@@ -12,7 +12,8 @@ with: what the rank made itself is never sent back to it. Without the cache the 
 derives Eq. 7 and 8 of arXiv 2603.15031 from this.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -23,6 +24,9 @@ from fathom.models.config import ModelConfig
 from fathom.models.kimi_config import KimiConfig
 from fathom.models.kimi_counts import site_flops
 from fathom.residuals import RECOMMENDED_BLOCKS
+
+SLACK = 0.02
+"""By how much the dearest stage may cost more where a cut at the start of a block is then to be had."""
 
 
 def site_costs(config: ModelConfig) -> list[float]:
@@ -39,29 +43,37 @@ def site_costs(config: ModelConfig) -> list[float]:
     return costs
 
 
-def split(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
-    """The first site of each of ``num_stages`` stages: the dearest is as cheap as can be, then the sum of squares is least."""
+def split(costs: Sequence[float], num_stages: int, starts: Collection[int] = ()) -> tuple[int, ...]:
+    """The first site of each of ``num_stages`` stages: the dearest is as cheap as can be, give or take ``SLACK``.
+
+    Of such splits the one with the fewest cuts beside ``starts``, if there are any: a cut inside a block sends a partial sum and
+    sweeps the bank once more. Then the one whose costs' sum of squares is least.
+    """
     count = len(costs)
     if not 1 <= num_stages <= count:
         raise UserError(f"{num_stages} stages cannot be cut from {count} sublayers: a stage needs at least one")
     total = [0.0, *accumulate(costs)]
-    # best[end]: (dearest, sum of squares, firsts) of the stages so far when they end before site `end`.
-    best: list[tuple[float, float, tuple[int, ...]] | None]
-    best = [None] + [(total[end], total[end] ** 2, (0,)) for end in range(1, count + 1)]
+    dearest = total[1:]
     for stage in range(1, num_stages):
-        longer: list[tuple[float, float, tuple[int, ...]] | None] = [None] * (count + 1)
+        dearest = [
+            min((max(dearest[first - 1], total[end] - total[first]) for first in range(stage, end)), default=math.inf)
+            for end in range(1, count + 1)
+        ]
+    most = dearest[-1] * (1 + SLACK if starts else 1 + 1e-12)
+    # best[end]: (cuts inside blocks, sum of squares, firsts) of the stages so far when they end before site `end`.
+    worst: tuple[int, float, tuple[int, ...]] = (count, math.inf, ())
+    best = [worst] + [(0, total[end] ** 2, (0,)) if total[end] <= most else worst for end in range(1, count + 1)]
+    for stage in range(1, num_stages):
+        longer = [worst] * (count + 1)
         for end in range(stage + 1, count + 1):
-            choices = []
             for first in range(stage, end):
-                before = best[first]
-                if before is not None:
-                    cost = total[end] - total[first]
-                    choices.append((max(before[0], cost), before[1] + cost**2, (*before[2], first)))
-            longer[end] = min(choices)
+                cost = total[end] - total[first]
+                if cost <= most and best[first] != worst:
+                    inside, squares, firsts = best[first]
+                    inside += bool(starts) and first not in starts
+                    longer[end] = min(longer[end], (inside, squares + cost**2, (*firsts, first)))
         best = longer
-    found = best[count]
-    assert found is not None
-    return found[2]
+    return best[count][2]
 
 
 def stream_starts(config: ModelConfig) -> tuple[int, ...]:
@@ -148,8 +160,9 @@ def make_plan(
         raise UserError(f"pp is {num_ranks}: a pipeline needs at least two ranks")
     if num_virtual < 1:
         raise UserError(f"virtual is {num_virtual}: a rank needs at least one stage")
-    cuts = tuple(firsts) if firsts is not None else split(site_costs(config), num_ranks * num_virtual)
-    return Plan(config.num_sublayers, stream_starts(config), cuts, num_ranks, cache)
+    starts = stream_starts(config)
+    cuts = tuple(firsts) if firsts is not None else split(site_costs(config), num_ranks * num_virtual, starts)
+    return Plan(config.num_sublayers, starts, cuts, num_ranks, cache)
 
 
 def whole(config: ModelConfig) -> Plan:

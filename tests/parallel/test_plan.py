@@ -1,5 +1,6 @@
 """Plans: cuts by cost, what hops carry, the paper's counts, and what is refused."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -8,7 +9,7 @@ from fathom.errors import UserError
 from fathom.models.accounting import flops_per_token
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.parallel.config import check_schedule
-from fathom.parallel.plan import Plan, describe, make_plan, site_costs, split
+from fathom.parallel.plan import SLACK, Plan, describe, make_plan, site_costs, split
 
 
 def even(ranks: int, virtual: int, per_stage: int, *, cache: bool = True) -> Plan:
@@ -55,7 +56,12 @@ def test_split_is_the_best_there_is(costs: list[float], stages: int) -> None:
         return max(sum(costs[a:b]) for a, b in pairwise((*firsts, len(costs))))
 
     every = [(0, *cut) for cut in combinations(range(1, len(costs)), stages - 1)]
-    assert dearest(split(costs, stages)) == min(dearest(firsts) for firsts in every)
+    least = min(dearest(firsts) for firsts in every)
+    assert dearest(split(costs, stages)) == least
+    starts = (0, 2, 4)
+    near = [firsts for firsts in every if dearest(firsts) <= (1 + SLACK) * least]
+    beside = {firsts: sum(first not in starts for first in firsts) for firsts in near}
+    assert beside[split(costs, stages, starts)] == min(beside.values()), "cuts at blocks where they cost nothing"
 
 
 def test_split_of_equal_costs_is_even() -> None:
@@ -69,9 +75,11 @@ def test_costs_are_the_flops_of_the_accounting() -> None:
 
 
 def test_the_head_is_weighed() -> None:
-    plan = make_plan(ModelConfig(vocab_size=50_000, dim=64, num_layers=8), 2, 2)
-    assert len(plan.sites(3)) == 1
-    rows = describe(plan, ModelConfig(vocab_size=50_000, dim=64, num_layers=8))
+    config = ModelConfig(vocab_size=50_000, dim=64, num_layers=8)
+    plan = make_plan(config, 2, 2)
+    assert len(plan.sites(3)) == 2, "a whole block: a sublayer more than PreNorm's"
+    assert len(make_plan(replace(config, residual=ResidualConfig(rule="prenorm")), 2, 2).sites(3)) == 1
+    rows = describe(plan, config)
     assert len(rows) == 5 and rows[1][-1] == "tokens"
 
 
