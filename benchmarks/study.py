@@ -289,19 +289,24 @@ def collect(out: Path, results: Path) -> None:
         (results / name / PLAN).write_text(text)
         for planned in sweep.runs:
             source, target = sweep.run_folder(planned), results / name / "runs" / planned.name
-            for file in (
-                "config.json",
-                "data.json",
-                "env.json",
-                "metrics.jsonl",
-                "summary.json",
-                "diverged.json",
-                "depth.json",
-            ):
+            for file in ("config.json", "data.json", "env.json", "metrics.jsonl", "summary.json", "diverged.json"):
                 if (source / file).is_file():
                     target.mkdir(parents=True, exist_ok=True)
-                    (target / file).write_text((source / file).read_text().replace(str(out.resolve()), "OUT").replace(
-                        json.dumps(settings_of(out)["data"]), json.dumps(settings["data"])))  # fmt: skip
+                    text = (source / file).read_text().replace(str(out.resolve()), "OUT")
+                    text = text.replace(json.dumps(settings_of(out)["data"]), json.dumps(settings["data"]))
+                    (target / file).write_text(thinned(text) if file == "metrics.jsonl" else text)
+
+
+def thinned(metrics: str, most: int = 100) -> str:
+    """Every validation, and at most so many of the training lines, evenly."""
+    lines = [(json.loads(line)["kind"] == "train", line) for line in metrics.splitlines()]
+    every = math.ceil(sum(train for train, _ in lines) / most) or 1
+    kept, seen = [], 0
+    for train, line in lines:
+        seen += train
+        if not train or seen % every == 1 % every:
+            kept.append(line)
+    return "\n".join(kept) + "\n"
 
 
 def main() -> int:
