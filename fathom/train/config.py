@@ -39,6 +39,10 @@ class OptimConfig:
     """Peak learning rate of Muon's matrices (scaled to match AdamW's update size)."""
     muon_per_head: bool = False
     """Muon: orthogonalise what makes queries, keys and values head by head, not all heads as one matrix."""
+    embedding_lr: float | None = None
+    """Peak learning rate of the embedding; lr if not given."""
+    head_lr: float | None = None
+    """Peak learning rate of an untied head; lr if not given."""
     depth_lr: float | None = None
     """Peak learning rate of depth queries and key gains; 0.128 / D if not given (optimizers.py says why)."""
     beta1: float = 0.9
@@ -109,7 +113,8 @@ class RunConfig:
             raise UserError(f"seed is {self.seed}: it must be below 2^63")
         if o.muon_per_head and o.optimizer != "muon":
             raise UserError(f"optim.muon_per_head is of muon, but optim.optimizer is {o.optimizer}")
-        for name, rate in (("lr", o.lr), ("muon_lr", o.muon_lr), ("depth_lr", o.depth_lr)):
+        for name in ("lr", "muon_lr", "embedding_lr", "head_lr", "depth_lr"):
+            rate = getattr(o, name)
             if rate is not None and not rate > 0:
                 raise UserError(f"optim.{name} is {rate}: it must be positive")
         for name, share in (("beta1", o.beta1), ("beta2", o.beta2)):

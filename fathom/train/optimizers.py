@@ -3,7 +3,8 @@
 | group  | parameters                                  | optimizer       | decayed |
 |--------|---------------------------------------------|-----------------|---------|
 | matrix | sublayers' 2-D weights                      | AdamW or Muon   | yes     |
-| table  | embedding and head                          | AdamW           | yes     |
+| embedding | embedding (and head, where they are one) | AdamW           | yes     |
+| head   | head                                        | AdamW           | yes     |
 | vector | norms; the stream's scalars, scales and mixing weights | AdamW | no      |
 | depth  | the stream's queries, key gains and gates   | AdamW           | no      |
 | map    | the stream's linear maps of hidden vectors  | AdamW           | yes     |
@@ -40,14 +41,14 @@ Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 def parameter_groups(*parts: nn.Module) -> Groups:
     """Every trained parameter of a model, or of some stages, by group name, in the order of ``named_parameters``."""
-    groups: Groups = {"matrix": [], "table": [], "vector": [], "depth": [], "map": []}
+    groups: Groups = {"matrix": [], "embedding": [], "head": [], "vector": [], "depth": [], "map": []}
     for name, parameter in (named for part in parts for named in part.named_parameters() if named[1].requires_grad):
         if name.startswith("stream."):
             # residuals/rule.py names parameters by how they train; one in a list is named stream.<name>.<number>.
             kind = name.split(".")[1]
             group = "depth" if kind.endswith(("query", "gain", "gate")) else "map" if kind.endswith("map") else "vector"
         elif name in ("embedding.weight", "head.weight"):
-            group = "table"
+            group = name.split(".")[0]
         elif ".experts." in name:
             group = "expert"
         else:
@@ -75,8 +76,10 @@ def make_optimizers(model: nn.Module | Sequence[nn.Module], config: OptimConfig)
     parts = [model] if isinstance(model, nn.Module) else model
     groups = {kind: [p for _, p in members] for kind, members in parameter_groups(*parts).items()}
     peak = dict.fromkeys(groups, config.lr)
+    peak |= {"embedding": config.embedding_lr or config.lr, "head": config.head_lr or config.lr}
     if groups["depth"]:
-        dim = (groups["table"] or groups["depth"])[0].shape[-1]  # a stage may have no table; its queries are as wide
+        # A stage may have no embedding; its queries are as wide.
+        dim = (groups["embedding"] or groups["depth"])[0].shape[-1]
         peak["depth"] = DEPTH_LR_TIMES_DIM / dim if config.depth_lr is None else config.depth_lr
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
@@ -102,7 +105,7 @@ def make_optimizers(model: nn.Module | Sequence[nn.Module], config: OptimConfig)
             "params": parameters,
             "lr": peak[kind],
             "peak_lr": peak[kind],
-            "weight_decay": config.weight_decay if kind in ("matrix", "table", "map", "expert") else 0.0,
+            "weight_decay": config.weight_decay if kind in ("matrix", "embedding", "head", "map", "expert") else 0.0,
         }
         for kind, parameters in groups.items()
         if parameters

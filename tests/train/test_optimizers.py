@@ -24,7 +24,7 @@ def model(rule: str = "block", **settings) -> Transformer:
 def kind_of(name: str) -> str:
     """The table of optimizers.py, read off a parameter's name."""
     if name in ("embedding.weight", "head.weight"):
-        return "table"
+        return name.split(".")[0]
     if name in ("stream.query", "stream.key_gain"):
         return "depth"
     return "matrix" if name.split(".")[-2] in ("qkv", "out", "gate_up", "down") else "vector"
@@ -38,14 +38,15 @@ def test_every_parameter_moves_exactly_once_and_as_its_kind_should(rule: str, se
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     by_kind = {kind: {name for name, _ in members} for kind, members in parameter_groups(network).items()}
     assert by_kind == {
-        k: {n for n in names.values() if kind_of(n) == k} for k in ("matrix", "table", "vector", "depth", "map")
+        k: {n for n in names.values() if kind_of(n) == k}
+        for k in ("matrix", "embedding", "head", "vector", "depth", "map")
     }
     optimizers = make_optimizers(network, OptimConfig(optimizer=optimizer, weight_decay=0.3, lr=0.5, muon_lr=0.25))  # type: ignore[arg-type]
     moved = [names[id(p)] for group in each_group(optimizers) for p in group["params"]]
     assert sorted(moved) == sorted(names.values())
     for group in each_group(optimizers):
         kinds = {kind_of(names[id(p)]) for p in group["params"]}
-        assert len(kinds) == 1 and group["weight_decay"] == (0.3 if kinds & {"matrix", "table"} else 0)
+        assert len(kinds) == 1 and group["weight_decay"] == (0.3 if kinds & {"matrix", "embedding", "head"} else 0)
         of_muon = optimizer == "muon" and kinds == {"matrix"}
         assert group["peak_lr"] == (0.25 if of_muon else 0.128 / 16 if kinds == {"depth"} else 0.5)
     if optimizer == "muon":
@@ -69,7 +70,7 @@ def test_muon_takes_heads_for_themselves_if_asked(head_models: list[tuple[Transf
             each.step()
         assert {n for n, p in network.named_parameters() if p in head_rows(network)} == rows.keys()
         for name, parameter in network.named_parameters():
-            if parameter.grad is None or parameter.ndim != 2 or kind_of(name) in ("table", "depth"):
+            if parameter.grad is None or parameter.ndim != 2 or kind_of(name) in ("embedding", "head", "depth"):
                 continue
             size = rows.get(name, len(parameter))
             blocks = [torch.nn.Parameter(block.clone()) for block in before[name].split(size)]
@@ -114,7 +115,7 @@ def test_a_step_without_gradient_decays_matrices_and_tables_only(optimizer: str)
     for each in optimizers:
         each.step()
     for name, parameter in network.named_parameters():
-        share = 1 - 0.1 * 0.5 if kind_of(name) in ("matrix", "table") else 1
+        share = 1 - 0.1 * 0.5 if kind_of(name) in ("matrix", "embedding", "head") else 1
         torch.testing.assert_close(parameter.detach(), before[name] * share, rtol=1e-6, atol=0)
 
 
@@ -136,9 +137,12 @@ def test_muon_orthogonalises_the_matrices_and_adam_signs_the_rest() -> None:
             torch.testing.assert_close(change, -rate * parameter.grad.sign(), rtol=1e-3, atol=1e-6)
 
 
-def test_the_depth_rate_can_be_given() -> None:
-    optimizers = make_optimizers(model(), OptimConfig(lr=0.5, depth_lr=0.125))
-    assert sorted(group["peak_lr"] for group in each_group(optimizers)) == [0.125, 0.5, 0.5, 0.5]
+def test_rates_of_groups_can_be_given() -> None:
+    network = model()
+    names = {id(parameter): kind_of(name) for name, parameter in network.named_parameters()}
+    optimizers = make_optimizers(network, OptimConfig(lr=0.5, depth_lr=0.125, embedding_lr=0.25, head_lr=0.0625))
+    found = {names[id(group["params"][0])]: group["peak_lr"] for group in each_group(optimizers)}
+    assert found == {"matrix": 0.5, "embedding": 0.25, "head": 0.0625, "vector": 0.5, "depth": 0.125}
 
 
 def test_betas_are_those_of_the_config() -> None:
@@ -151,7 +155,7 @@ def test_all_rates_follow_the_schedule_from_their_own_peak() -> None:
     for share in (0.5, 0.1, 1.0):
         set_lr(optimizers, share)
         assert [group["lr"] for group in each_group(optimizers)] == [
-            pytest.approx(share * peak) for peak in (0.25, 0.5, 0.5, 0.128 / 16)
+            pytest.approx(share * peak) for peak in (0.25, 0.5, 0.5, 0.5, 0.128 / 16)
         ]
 
 
