@@ -8,22 +8,25 @@
 
 Stages, each a sweep of fathom/lab in OUT/<stage>, in this order:
 
-    rates    PreNorm alone at the two smallest sizes, five learning rates
+    rates    PreNorm alone at the smallest size, two seeds: AdamW and Muon, with rates for matrices, embedding and head
+    factors  PreNorm alone at the second size, two seeds: the best of these rates, all times a factor
     sizes    PreNorm, Block (N = 8, its default) and Full at four sizes, three seeds
     rows     Table 4's rows of arXiv 2603.15031 at the second size, three seeds that all rows share
     shapes   depth against width, nine shapes of the first size's compute, PreNorm and Block
 
-The learning rate is tuned for PreNorm and all arms of a size share it, as in the paper: the comparison favours the baseline. The
-rule by which it is carried is ``carried_rate``. Budget: ``BUDGET`` GPU seconds: wall clock times the GPUs, whatever runs side by
-side on them. Dear runs begin first, so that all GPUs end together.
+The rates are tuned for PreNorm, by means over seeds, and all arms of a size share them, as in the paper: the comparison favours
+the baseline. The rule by which they are carried to the other sizes is ``carried_factor``. Budget: ``BUDGET`` GPU seconds, wall
+clock times the GPUs, whatever runs side by side on them. Dear runs begin first, so that all GPUs end together.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -46,7 +49,7 @@ from fathom.train.data import Manifest
 from fathom.train.environment import machine, pick_device
 from fathom.train.loop import Interrupted, data_folder
 
-STAGES = ("rates", "sizes", "rows", "shapes")
+STAGES = ("rates", "factors", "sizes", "rows", "shapes")
 ARMS = {"prenorm": "prenorm", "block": "block", "full": "full"}
 BUDGET = 7200.0
 
@@ -57,7 +60,11 @@ class Scale:
 
     sizes: tuple[tuple[int, int, int, int], ...]
     """Decoder layers, width, heads and optimizer steps of each size."""
-    rates: tuple[float, ...]
+    muon: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    """Rates that are tried of matrices, embedding and head, the matrices' under Muon; vectors take the head's."""
+    adamw: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    """Likewise, all under AdamW."""
+    factors: tuple[float, ...]
     context: int
     batch: int
     precision: str
@@ -67,29 +74,49 @@ class Scale:
     rows: tuple[str, ...] = tuple(ABLATIONS)
     """Rows of Table 4."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_seeds: tuple[int, ...] = (0, 1)
 
 
 SCALES = {
     # 4.5e7 to 3.2e8 FLOPs a token forward and backward, 12 to 33 M tokens: 20 times the compute from first to last.
     "h100": Scale(((8, 192, 3, 732), (12, 256, 4, 1037), (16, 320, 5, 1465), (24, 384, 6, 2014)),
-                  (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), 512, 32, "bf16", "layers", 9),
-    "toy": Scale(((2, 8, 1, 6), (3, 12, 1, 8), (4, 16, 1, 16)), (2e-3, 8e-3, 3.2e-2), 32, 2, "float32", "none", 2,
-                 ("prenorm", "block-s4-heads16"), (0,)),
+                  ((0.01, 0.02, 0.04), (0.03, 0.1, 0.3), (1e-3, 4e-3)), ((2e-3, 4e-3, 8e-3), (0.03, 0.1), (1e-3, 4e-3)),
+                  (0.5, 0.71, 1.0, 1.41), 512, 32, "bf16", "layers", 9),
+    "toy": Scale(((2, 8, 1, 6), (3, 12, 1, 8), (4, 16, 1, 16)), ((0.02,), (0.1,), (4e-3,)), ((8e-3,), (0.1,), (4e-3,)),
+                 (0.5, 1.0), 32, 2, "float32", "none", 2, ("prenorm", "block-s4-heads16"), (0,), (0,)),
 }  # fmt: skip
 
 
-def run_config(scale: Scale, data: str, size: int, arm: str, rate: float, seed: int) -> RunConfig:
-    """Of one run of size ``size`` (an index)."""
+def run_config(scale: Scale, data: str, size: int, arm: str, optim: OptimConfig, seed: int) -> RunConfig:
+    """Of one run of size ``size`` (an index), at the rates of ``optim``."""
     layers, dim, heads, steps = scale.sizes[size]
     folder = DataConfig(folder=data, batch=scale.batch)
     config = RunConfig(
         model=ModelConfig(context=scale.context, dim=dim, num_layers=layers, num_heads=heads, residual=residual(arm)),
-        data=folder, optim=OptimConfig(lr=rate, warmup=max(1, steps // 20)), steps=steps, seed=seed,
+        data=folder, optim=replace(optim, warmup=max(1, steps // 10)), steps=steps, seed=seed,
         precision=scale.precision, compile=scale.compile, eval_every=max(1, steps // 8), eval_sequences=512 // scale.batch * 8,
         checkpoint_every=max(1, steps // 3), keep_checkpoints=1, log_every=max(1, steps // 200),
     )  # type: ignore[arg-type]  # fmt: skip
     vocab_size = Manifest.load(data_folder(config)).vocab_size
     return replace(config, model=replace(config.model, vocab_size=vocab_size))
+
+
+def candidates(scale: Scale) -> dict[str, OptimConfig]:
+    """Every setting of the optimizer that is tried, by name."""
+    found = {}
+    for name, grid in (("muon", scale.muon), ("adamw", scale.adamw)):
+        for matrix, embedding, head in itertools.product(*grid):
+            rates = {"muon_lr": matrix, "lr": head} if name == "muon" else {"lr": matrix}
+            found[f"{name}-{matrix:g}-{embedding:g}-{head:g}"] = OptimConfig(
+                optimizer=name, embedding_lr=embedding, head_lr=head, **rates  # type: ignore[arg-type]
+            )  # fmt: skip
+    return found
+
+
+def scaled(optim: OptimConfig, factor: float) -> OptimConfig:
+    """``optim`` with every tuned rate times ``factor``."""
+    rates = ("lr", "muon_lr", "embedding_lr", "head_lr")
+    return replace(optim, **{name: float(f"{factor * getattr(optim, name):.3g}") for name in rates})
 
 
 def best_rate(rates: list[float], losses: list[float]) -> float:
@@ -101,10 +128,10 @@ def best_rate(rates: list[float], losses: list[float]) -> float:
     return float(np.exp(-b / (2 * a)))
 
 
-def carried_rate(first: float, second: float, compute: tuple[float, float], to: float) -> float:
-    """The rate at compute ``to``: a power of compute through the two tuned ones, its exponent held between -0.25 and 0.
+def carried_factor(first: float, second: float, compute: tuple[float, float], to: float) -> float:
+    """The factor at compute ``to``: a power of compute through the two tuned ones, its exponent held between -0.25 and 0.
 
-    Two optima are noisy: unheld, their line could send the largest size's rate anywhere. The paper's own rates fall like C^-0.19.
+    Two optima are noisy: unheld, their line could send the largest size's rates anywhere. The paper's rates fall like C^-0.19.
     """
     exponent = math.log(second / first) / math.log(compute[1] / compute[0])
     exponent = min(0.0, max(-0.25, exponent))
@@ -114,23 +141,40 @@ def carried_rate(first: float, second: float, compute: tuple[float, float], to: 
 
 def rates(out: Path, scale: Scale, data: str) -> list[Planned]:
     return [
-        Planned(f"s{size + 1}-lr{rate:.4g}", f"s{size + 1}-lr{rate:.4g}", "prenorm", 0,
-                run_config(scale, data, size, "prenorm", rate, 0))
-        for size in (0, 1) for rate in scale.rates
+        Planned(f"{name}-seed{seed}", name, "prenorm", seed, run_config(scale, data, 0, "prenorm", optim, seed))
+        for name, optim in candidates(scale).items() for seed in scale.tuning_seeds
     ]  # fmt: skip
 
 
-def tuned(out: Path, scale: Scale, data: str) -> list[float]:
-    """The rate of every size, from the finished stage ``rates``."""
-    losses = {
-        end.planned.name: end.val_loss if end.val_loss is not None else math.inf
-        for end in outcomes(read_sweep(out / "rates"))
-    }
-    best = [
-        best_rate(list(scale.rates), [losses[f"s{size + 1}-lr{rate:.4g}"] for rate in scale.rates]) for size in (0, 1)
-    ]
-    cost = [training_flops(run_config(scale, data, size, "prenorm", 1e-3, 0)) for size in range(len(scale.sizes))]
-    return [float(f"{carried_rate(*best, (cost[0], cost[1]), each):.3g}") for each in cost]
+def factors(out: Path, scale: Scale, data: str) -> list[Planned]:
+    best = candidates(scale)[best_candidate(out)]
+    return [
+        Planned(f"x{factor:g}-seed{seed}", f"x{factor:g}", "prenorm", seed,
+                run_config(scale, data, 1, "prenorm", scaled(best, factor), seed))
+        for factor in scale.factors for seed in scale.tuning_seeds
+    ]  # fmt: skip
+
+
+def mean_losses(out: Path, stage: str) -> dict[str, float]:
+    """Mean final loss of each case over its seeds; infinite if one did not end well."""
+    found: dict[str, list[float]] = {}
+    for end in outcomes(read_sweep(out / stage)):
+        found.setdefault(end.planned.case, []).append(math.inf if end.val_loss is None else end.val_loss)
+    return {case: statistics.mean(losses) for case, losses in found.items()}
+
+
+def best_candidate(out: Path) -> str:
+    losses = mean_losses(out, "rates")
+    return min(losses, key=losses.__getitem__)
+
+
+def tuned(out: Path, scale: Scale, data: str) -> list[OptimConfig]:
+    """The optimizer of every size, from the finished stages ``rates`` and ``factors``."""
+    best = candidates(scale)[best_candidate(out)]
+    losses = mean_losses(out, "factors")
+    second = best_rate(list(scale.factors), [losses[f"x{factor:g}"] for factor in scale.factors])
+    cost = [training_flops(run_config(scale, data, size, "prenorm", best, 0)) for size in range(len(scale.sizes))]
+    return [scaled(best, carried_factor(1.0, second, (cost[0], cost[1]), each)) for each in cost]
 
 
 def sizes(out: Path, scale: Scale, data: str) -> list[Planned]:
@@ -143,13 +187,13 @@ def sizes(out: Path, scale: Scale, data: str) -> list[Planned]:
 
 
 def rows(out: Path, scale: Scale, data: str) -> list[Planned]:
-    rate, model = tuned(out, scale, data)[1], scale.sizes[1]
+    optim, model = tuned(out, scale, data)[1], scale.sizes[1]
     planned = []
     for seed in scale.seeds:
         for arm, rule in ((name, ABLATIONS[name]) for name in scale.rows):
             if "heads=" in rule:  # sixteen heads in the paper, of which each is as wide as a head of attention
                 arm, rule = f"block-s4-heads{model[2]}", f"block:block_size=4,heads={model[2]}"
-            planned.append(Planned(f"{arm}-seed{seed}", "s2", arm, seed, run_config(scale, data, 1, rule, rate, seed)))
+            planned.append(Planned(f"{arm}-seed{seed}", "s2", arm, seed, run_config(scale, data, 1, rule, optim, seed)))
     return planned
 
 
@@ -165,7 +209,7 @@ def depth_width(out: Path, scale: Scale, data: str) -> list[Planned]:
 
 
 MAKE: dict[str, Callable[[Path, Scale, str], list[Planned]]] = {
-    "rates": rates, "sizes": sizes, "rows": rows, "shapes": depth_width
+    "rates": rates, "factors": factors, "sizes": sizes, "rows": rows, "shapes": depth_width
 }  # fmt: skip
 
 
@@ -199,10 +243,12 @@ def plan(out: Path, data: str, scale: str) -> None:
     if (out / "study.json").is_file():
         raise UserError(f"{out} holds a study already")
     size = SCALES[scale]
-    cost = [training_flops(run_config(size, data, at, "prenorm", 1e-3, 0)) for at in range(len(size.sizes))]
-    seeds = len(size.seeds)
+    cost = [training_flops(run_config(size, data, at, "prenorm", OptimConfig(), 0)) for at in range(len(size.sizes))]
+    seeds, tries = len(size.seeds), len(candidates(size)) * len(size.tuning_seeds)
+    scales = len(size.factors) * len(size.tuning_seeds)
     counts = {
-        "rates": (2 * len(size.rates), len(size.rates) * (cost[0] + cost[1])),
+        "rates": (tries, tries * cost[0]),
+        "factors": (scales, scales * cost[1]),
         "sizes": (seeds * len(ARMS) * len(cost), seeds * len(ARMS) * sum(cost)),
         "rows": (seeds * len(size.rows), seeds * len(size.rows) * cost[1]),
         "shapes": (2 * size.shapes, 2 * size.shapes * cost[0]),
@@ -264,7 +310,7 @@ def run(out: Path, minutes: float, workers: int | None, only: tuple[str, ...] = 
                 file.write(json.dumps(row) + "\n")
         every_failure |= failed
         print("".join(f"{name}: {why}\n" for name, why in failed.items()), file=sys.stderr, end="")
-        if left(sweep) > len(failed) or (failed and name == "rates"):
+        if left(sweep) > len(failed) or (failed and name in STAGES[:2]):
             break
     status(out)
     return 1 if every_failure else 0

@@ -77,11 +77,12 @@ def summarize(results: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    if found := _stage(results, "rates"):
-        rows += [
-            row(end.planned.case, "prenorm", "val_loss", "nats per token", [end.val_loss])
-            for end in found if end.val_loss is not None
-        ]  # fmt: skip
+    for stage in ("rates", "factors"):
+        cases: dict[str, list[float]] = {}
+        for end in _stage(results, stage):
+            if end.val_loss is not None:
+                cases.setdefault(end.planned.case, []).append(end.val_loss)
+        rows += [row(case, "prenorm", "val_loss", "nats per token", losses) for case, losses in cases.items()]
     if found := _stage(results, "sizes"):
         laws, law = _laws(found)
         rows += [*_gains(found), *laws]

@@ -10,6 +10,9 @@
 | map    | the stream's linear maps of hidden vectors  | AdamW           | yes     |
 | expert | the experts of a layer, [E, m, n]           | AdamW or Muon, each expert for itself | yes |
 
+A step multiplies what AdamW decays by 1 - ``lr`` ``weight_decay``, in every group: an embedding with a rate of its own would else
+forget rare tokens by it.
+
 Muon takes a parameter as it is stored: gate and up matrices, or the queries of all heads, are orthogonalised as one, as
 Moonlight does it (arXiv 2502.16982). With ``muon_per_head`` each head's block of a matrix that makes queries, keys or values is
 a matrix of its own, its rate adjusted by the block's shape: Kimi K3's per-head Muon (arXiv 2607.24653, 2.5), for MLA's
@@ -105,7 +108,9 @@ def make_optimizers(model: nn.Module | Sequence[nn.Module], config: OptimConfig)
             "params": parameters,
             "lr": peak[kind],
             "peak_lr": peak[kind],
-            "weight_decay": config.weight_decay if kind in ("matrix", "embedding", "head", "map", "expert") else 0.0,
+            "weight_decay": config.weight_decay * config.lr / peak[kind]
+            if kind in ("matrix", "embedding", "head", "map", "expert")
+            else 0.0,
         }
         for kind, parameters in groups.items()
         if parameters

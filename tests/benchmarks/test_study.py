@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +10,7 @@ import pytest
 
 from fathom.errors import UserError
 from fathom.lab.plan import training_flops
+from fathom.train.config import OptimConfig
 from fathom.train.embedded import embedded
 
 
@@ -27,16 +29,26 @@ def test_the_best_rate_is_the_parabolas_lowest_point(study: ModuleType) -> None:
     assert study.best_rate(rates, [4, 3, 3.5, float("inf")]) < 4e-3
 
 
-def test_the_carried_rate_is_a_held_power_of_compute(study: ModuleType) -> None:
-    assert study.carried_rate(4e-3, 2e-3, (1, 16), 16) == pytest.approx(2e-3), "a quarter: through both"
-    assert study.carried_rate(4e-3, 2e-3, (1, 16), 256) == pytest.approx(1e-3)
-    assert study.carried_rate(2e-3, 4e-3, (1, 16), 256) == pytest.approx(8**0.5 * 1e-3), "never rising"
-    assert study.carried_rate(4e-3, 4e-5, (1, 16), 16) == pytest.approx(4e-4 / 2**0.5), "never steeper than a quarter"
+def test_the_carried_factor_is_a_held_power_of_compute(study: ModuleType) -> None:
+    assert study.carried_factor(1, 0.5, (1, 16), 16) == pytest.approx(0.5), "a quarter: through both"
+    assert study.carried_factor(1, 0.5, (1, 16), 256) == pytest.approx(0.25)
+    assert study.carried_factor(0.5, 1, (1, 16), 256) == pytest.approx(0.5**0.5), "never rising"
+    assert study.carried_factor(1, 0.01, (1, 16), 16) == pytest.approx(0.1 / 2**0.5), "never steeper than a quarter"
+
+
+def test_candidates_are_every_combination_and_scale_together(study: ModuleType) -> None:
+    found = study.candidates(study.SCALES["h100"])
+    assert len(found) == 18 + 12
+    muon = found["muon-0.02-0.1-0.004"]
+    assert (muon.optimizer, muon.muon_lr, muon.embedding_lr, muon.head_lr, muon.lr) == ("muon", 0.02, 0.1, 4e-3, 4e-3)
+    half = study.scaled(muon, 0.5)
+    assert (half.muon_lr, half.embedding_lr, half.head_lr, half.lr) == (0.01, 0.05, 2e-3, 2e-3)
+    assert half.depth_lr is None, "the queries' own rate is not tuned"
 
 
 def test_the_sizes_span_sixteen_times_the_compute(study: ModuleType, tmp_path: Path) -> None:
     scale, data = study.SCALES["h100"], str(embedded(tmp_path))
-    cost = [training_flops(study.run_config(scale, data, at, "prenorm", 1e-3, 0)) for at in range(4)]
+    cost = [training_flops(study.run_config(scale, data, at, "prenorm", OptimConfig(), 0)) for at in range(4)]
     assert cost == sorted(cost) and cost[-1] / cost[0] >= 16
 
 
@@ -51,22 +63,40 @@ def test_a_stage_waits_for_the_rates_and_time_is_added_up(
     settings = study.settings_of(out)
     with pytest.raises(UserError, match="not a sweep"):
         study.stage_of(out, "sizes", settings)
-    planned = study.stage_of(out, "rates", settings).runs
-    assert len(planned) == settings["stages"]["rates"]["runs"] == 6 and {run.arm for run in planned} == {"prenorm"}
-    for run in planned:  # as if they had ended, 8e-3 best of both sizes
-        folder = out / "rates" / "runs" / run.name
-        folder.mkdir(parents=True)
-        loss = 4.0 if run.config.optim.lr == 8e-3 else 5.0
-        (folder / "summary.json").write_text(json.dumps({"steps": run.config.steps, "val_loss": loss}))
-        (folder / "config.json").write_text(json.dumps({"model": {"vocab_size": 512}}))
+    for stage, count, best in (("rates", 2, "adamw-0.008-0.1-0.004"), ("factors", 2, "x0.5")):
+        planned = study.stage_of(out, stage, settings).runs
+        assert len(planned) == settings["stages"][stage]["runs"] == count and {run.arm for run in planned} == {
+            "prenorm"
+        }
+        for run in planned:  # as if they had ended
+            folder = out / stage / "runs" / run.name
+            folder.mkdir(parents=True)
+            loss = 4.0 if run.case == best else 5.0
+            (folder / "summary.json").write_text(json.dumps({"steps": run.config.steps, "val_loss": loss}))
+            (folder / "config.json").write_text(json.dumps({"model": {"vocab_size": 512}}))
     sizes = study.stage_of(out, "sizes", settings).runs
     assert len(sizes) == settings["stages"]["sizes"]["runs"] == 9
-    assert {run.config.optim.lr for run in sizes} == {8e-3} and {run.arm for run in sizes} == {
-        "prenorm",
-        "block",
-        "full",
-    }
+    assert {run.arm for run in sizes} == {"prenorm", "block", "full"}
+    by_size = {run.case: run.config.optim for run in sizes}
+    assert {optim.optimizer for optim in by_size.values()} == {"adamw"}
+    rates = [by_size[f"s{size}"].lr for size in (1, 2, 3)]
+    assert 8e-3 > rates[0] > rates[1] > rates[2], "half the rates at the second size: falling with compute"
+    assert all(run.config.optim == by_size[run.case] for run in sizes), "all arms of a size share them"
     (out / "spent.jsonl").write_text('{"stage": "rates", "seconds": 7199.5}\n{"stage": "sizes", "seconds": 1}\n')
     assert study.run(out, 25, None) == 0, "no run begins once the budget is spent"
     assert "7,200 spent, -0 left" in capsys.readouterr().out
     assert not (out / "sizes" / "runs").exists()
+
+
+def test_committed_numbers_follow_from_the_committed_runs(study: ModuleType, tmp_path: Path) -> None:
+    committed = Path(__file__).parents[2] / "benchmarks/results/2026-11-22_study-first"
+    copy = shutil.copytree(committed, tmp_path / "study")
+    (copy / "result.json").unlink()
+    made, told = study.summarize(copy)["rows"], json.loads((committed / "result.json").read_text())["rows"]
+    for ours, theirs in zip(made, told, strict=True):
+        assert {k: v for k, v in ours.items() if isinstance(v, str)} == {
+            k: v for k, v in theirs.items() if isinstance(v, str)
+        }
+        assert [ours[k] for k in ("median", "low", "high")] == pytest.approx(
+            [theirs[k] for k in ("median", "low", "high")]
+        )

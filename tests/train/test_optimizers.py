@@ -143,6 +143,8 @@ def test_rates_of_groups_can_be_given() -> None:
     optimizers = make_optimizers(network, OptimConfig(lr=0.5, depth_lr=0.125, embedding_lr=0.25, head_lr=0.0625))
     found = {names[id(group["params"][0])]: group["peak_lr"] for group in each_group(optimizers)}
     assert found == {"matrix": 0.5, "embedding": 0.25, "head": 0.0625, "vector": 0.5, "depth": 0.125}
+    decayed = {names[id(g["params"][0])]: g["peak_lr"] * g["weight_decay"] for g in each_group(optimizers)}
+    assert decayed == {"matrix": 0.05, "embedding": 0.05, "head": 0.05, "vector": 0, "depth": 0}
 
 
 def test_betas_are_those_of_the_config() -> None:
