@@ -1,8 +1,8 @@
 """Make of a run the small folder that travels inside the package: bf16 weights, no optimizer, its measured report.
 
-    python benchmarks/release.py RUN fathom/assets/models/debian-5m
+    python benchmarks/release.py RUN fathom/assets/models/NAME
 
-The report's depth maps are measured first, so that `fathom report debian-5m` needs no data.
+The report's depth maps are measured first, so that `fathom report NAME` needs no data.
 """
 
 import argparse
