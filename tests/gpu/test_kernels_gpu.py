@@ -58,6 +58,27 @@ def test_very_many_tokens(tokens: int, d: int):
         assert (a - b).norm() <= 8e-3 * b.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("queries", [16, 33, 70])
+def test_scores_of_many_tokens(queries: int, dtype: torch.dtype):
+    """Every row of a source that all multiprocessors score at once, for as many queries as the widest products take, and more."""
+    partial, output = (torch.randn(16384, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    weights = (torch.randn(queries, 2048, device="cuda") / 2048**0.5).to(dtype)
+    grads = [torch.randn_like(output), torch.randn(queries, 16384, device="cuda")]
+
+    def run(backend: str) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (partial, output, weights)]
+        with use_backend(backend):  # type: ignore[arg-type]
+            found = kernels.score(*leaves)
+        torch.autograd.backward(list(found), grads)
+        return [t.detach() for t in found] + [leaf.grad for leaf in leaves]  # type: ignore[misc]
+
+    first, second, plain = run("triton"), run("triton"), run("reference")
+    for a, b, c in zip(first, second, plain, strict=True):
+        assert torch.equal(a, b)
+        assert ((a.float() - c.float()).abs().amax() / c.float().square().mean().sqrt()).item() < 0.1
+
+
 def stack(stream: Stream, embedding: Tensor, norm: torch.nn.Module) -> Tensor:
     state = stream.start(embedding)
     for site in range(stream.num_sublayers):
@@ -67,6 +88,8 @@ def stack(stream: Stream, embedding: Tensor, norm: torch.nn.Module) -> Tensor:
 
 
 class Norm(torch.nn.Module):
+    plain_rms_norm = True
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight, self.eps = torch.nn.Parameter(torch.ones(dim)), 1e-6
@@ -83,7 +106,7 @@ def test_a_captured_graph_replays():
     def step() -> Tensor:
         out = stack(stream, embedding, norm)
         out.float().square().sum().backward()
-        return out
+        return out.detach()  # a graph that is still held would keep the gradients' nodes, and with them their stream
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -92,7 +115,7 @@ def test_a_captured_graph_replays():
     torch.cuda.current_stream().wait_stream(side)
     embedding.grad = stream.query.grad = stream.key_gain.grad = norm.weight.grad = None  # type: ignore[union-attr]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         out = step()
     with torch.no_grad():
         embedding.copy_(torch.randn_like(embedding))
@@ -101,7 +124,7 @@ def test_a_captured_graph_replays():
     graph.replay()
     replayed = [out.clone(), embedding.grad.clone(), stream.query.grad.clone()]
     embedding.grad = stream.query.grad = stream.key_gain.grad = norm.weight.grad = None  # type: ignore[union-attr]
-    eager = [step().detach(), embedding.grad, stream.query.grad]
+    eager = [step(), embedding.grad, stream.query.grad]
     assert all(torch.equal(a, b) for a, b in zip(replayed, eager, strict=True))
 
 
@@ -119,5 +142,5 @@ def test_memory_at_either_level():
     prenorm = kept(PreNorm(16, 1024))
     recomputed = kept(BlockAttnRes(16, 1024, block_size=8, recompute=True))
     whole = kept(BlockAttnRes(16, 1024, block_size=8))
-    assert recomputed <= prenorm + 1
+    assert recomputed <= prenorm + 1.5  # the second block's first read, and a few numbers per token
     assert whole <= recomputed + 16
