@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck
 
 from fathom import kernels
 from fathom.kernels import use_backend
@@ -22,9 +21,14 @@ def call_score(leaves):
     return [scores] if partial is None else [source, scores]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("partial", [False, True])
-@pytest.mark.parametrize(("tokens", "d", "k"), [(1, 2, 1), (7, 96, 5), (70, 40, 33), (2, 1000, 2), (3, 24, 70)])
+@pytest.mark.parametrize(
+    ("tokens", "d", "k", "dtype"),
+    [
+        *((*shape, DTYPES[0]) for shape in [(1, 2, 1), (7, 96, 5), (70, 40, 33), (2, 1000, 2)]),
+        *((3, 24, 70, dtype) for dtype in DTYPES),
+    ],
+)
 def test_scores_equal_the_equation(tokens: int, d: int, k: int, partial: bool, dtype: torch.dtype, device: str):
     draws = (make_score(tokens, d, k, dtype, device, partial=partial) for _ in range(DRAWS[dtype]))
     assert_as_good_as_plain(call_score, *draws)
@@ -49,11 +53,17 @@ def call_mix(n: int):
     return inner
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 3, 16, 3), (2, 8, 96, 5), (5, 1, 1, 4), (3, 13, 24, 1), (17, 2, 40, 3), (2, 3, 1000, 2), (2, 17, 2050, 2)],
+    ("shape", "dtype"),
+    [
+        *(
+            (shape, DTYPES[0])
+            for shape in [(1, 3, 16, 3), (5, 1, 1, 4), (3, 13, 24, 1), (9, 2, 40, 3), (2, 17, 2050, 2)]
+        ),
+        *(((2, 3, 96, 5), dtype) for dtype in DTYPES),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_mixes_equal_the_equation(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str):
     assert_as_good_as_plain(call_mix(shape[0]), *(make_mix(*shape, dtype, device) for _ in range(DRAWS[dtype])))
 
@@ -72,22 +82,6 @@ def test_the_first_read_comes_normalised(n: int, device: str):
         for _ in range(DRAWS[dtype])
     ]
     assert_as_good_as_plain(normalised, *draws)
-
-
-def test_gradcheck(device: str):
-    if device == "cuda":
-        pytest.skip("float64 is the interpreter's")
-    queries = torch.randn(3, 6, dtype=torch.float64)
-
-    def both(first: Tensor, partial: Tensor, output: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
-        known = kernels.score(None, first, queries)[1]
-        source, scores = kernels.score(partial, output, queries)
-        outs, lse, passed = kernels.mix([first, source], [known, scores])
-        return (*outs, *lse, *passed)
-
-    rows = [torch.randn(2, 6, dtype=torch.float64).requires_grad_() for _ in range(3)]
-    with use_backend("triton"):
-        assert gradcheck(both, [*rows, queries.requires_grad_()], fast_mode=True)
 
 
 @pytest.mark.parametrize("used", [0, 1, 2])
@@ -116,8 +110,8 @@ def test_a_single_source_is_its_own_read(device: str):
     assert all(torch.equal(a, b) for a, b in zip(lse, scores, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_repeats_have_the_same_bits(dtype: torch.dtype, device: str):
+def test_repeats_have_the_same_bits(device: str):
+    dtype = DTYPES[1]
     for call, inputs in (
         (call_mix(3), make_mix(3, 4, 40, 9, dtype, device)),
         (call_score, make_score(70, 40, 5, dtype, device, partial=True)),
