@@ -113,6 +113,10 @@ class RunConfig:
             raise UserError(f"seed is {self.seed}: it must be below 2^63")
         if o.muon_per_head and o.optimizer != "muon":
             raise UserError(f"optim.muon_per_head is of muon, but optim.optimizer is {o.optimizer}")
+        if o.head_lr is not None and self.model.tie_embeddings:
+            raise UserError(
+                "optim.head_lr is of an untied head, but model.tie_embeddings is true: give optim.embedding_lr"
+            )
         for name in ("lr", "muon_lr", "embedding_lr", "head_lr", "depth_lr"):
             rate = getattr(o, name)
             if rate is not None and not rate > 0:
@@ -151,6 +155,12 @@ class RunConfig:
                 raise UserError(f"compile model does not work {what}: use layers")
             if self.dynamics_every:
                 raise UserError(f"dynamics_every is {self.dynamics_every}: dynamics are not recorded {what}")
+        if p.recompute != "none":
+            self._check_rule(f"parallel.recompute is {p.recompute}")
+            if self.model.tie_embeddings:
+                raise UserError(
+                    f"parallel.recompute is {p.recompute}: tied embeddings (model.tie_embeddings) do not go with it"
+                )
         if p.tp > 1:
             self._check_tensor_parallel()
 
@@ -166,15 +176,18 @@ class RunConfig:
         ):  # fmt: skip
             if count % tp:
                 raise UserError(f"{name} is {count}: parallel.tp, {tp}, must divide it")
-        residual = model.residual
-        if residual.rule not in ("prenorm", "full", "block") or any(getattr(residual, s) is not None for s in SWITCHES):
-            raise UserError(
-                f"parallel.tp is {tp}: prenorm, full and block without switches are split over ranks, not {residual.rule}"
-            )
+        self._check_rule(f"parallel.tp is {tp}")
         if self.optim.optimizer == "muon":
             raise UserError(
                 f"parallel.tp is {tp}: muon orthogonalises whole matrices, of which each rank has a part; use adamw"
             )
+
+    def _check_rule(self, setting: str) -> None:
+        residual = self.model.residual
+        given = [f"residual.{name}" for name in SWITCHES if getattr(residual, name) is not None]
+        if residual.rule not in ("prenorm", "full", "block") or given:
+            found = given[0] if given else f"residual.rule {residual.rule}"
+            raise UserError(f"{setting}: it goes with prenorm, full and block without switches, not with {found}")
 
     def _check_experts(self) -> None:
         ranks, model = self.parallel.ep, self.model

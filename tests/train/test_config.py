@@ -115,6 +115,19 @@ WRONG: list[tuple[Any, str]] = [
     ({"optim": {"decay_fraction": -0.5}}, "optim.decay_fraction is -0.5: it must be in [0, 1]"),
     ({"model": {"dim": 0}}, "model.dim is 0: it must be at least 1"),
     ({"model": {"dim": 64, "num_heads": 3}}, "model.dim 64 is not a multiple of model.num_heads 3"),
+    ({"model": {"tie_embeddings": True}, "optim": {"head_lr": 1e-3}}, "optim.head_lr is of an untied head"),
+    (
+        {"model": {"tie_embeddings": True}, "parallel": {"recompute": "full"}},
+        "parallel.recompute is full: tied embeddings (model.tie_embeddings) do not go with it",
+    ),
+    (
+        {"model": {"residual": {"rule": "full", "window": 3}}, "parallel": {"recompute": "selective"}},
+        "parallel.recompute is selective: it goes with prenorm, full and block without switches, not with residual.window",
+    ),
+    (
+        {"model": {"residual": {"rule": "keel"}}, "parallel": {"tp": 2}},
+        "parallel.tp is 2: it goes with prenorm, full and block without switches, not with residual.rule keel",
+    ),
 ]  # fmt: skip
 
 
