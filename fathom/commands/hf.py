@@ -16,14 +16,15 @@ def export() -> Function:
         """Write a run as a model folder of Transformers, with the same weights and its tokenizer.
 
         Args:
-            run: The run folder.
+            run: The run folder, or `sotu-1m`, the model that comes with Fathom.
             out: The folder to make.
             checkpoint: The step of the checkpoint; the newest if not given.
         """
         _offline()
         from fathom.hf.export import export
+        from fathom.train.released import run_folder
 
-        folder = export(run, out, step=checkpoint)
+        folder = export(run_folder(run), out, step=checkpoint)
         print(folder)
 
     return run
@@ -122,7 +123,7 @@ def evaluate() -> Function:
         is the harness's own, `paper` those of the paper's Table 3; a task whose data is missing is a line, and the rest run.
 
         Args:
-            model: A run folder, a checkpoint of one, or a model folder of Transformers.
+            model: A run folder, a checkpoint of one, `sotu-1m`, or a model folder of Transformers.
             tasks: Names of tasks.
             limit: Documents of each task; all if not given.
             batch: Sequences at a time.
@@ -133,9 +134,10 @@ def evaluate() -> Function:
         _offline()
         from fathom.hf.evaluate import evaluate
         from fathom.hf.tasks import PAPER
+        from fathom.train.released import run_folder
 
         names = [name for task in tasks for name in (PAPER.values() if task == "paper" else (task,))]
-        scores, missing = evaluate(model, names, limit=limit, batch=batch, device=device)
+        scores, missing = evaluate(run_folder(model), names, limit=limit, batch=batch, device=device)
         if as_json:
             print_json({"model": str(model), "limit": limit, "scores": scores, "missing": missing})
         else:

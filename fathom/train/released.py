@@ -1,4 +1,4 @@
-"""The model that comes with Fathom: a run folder inside the package, called by its name wherever a run folder is asked for.
+"""The model that comes with Fathom: a run folder inside the package; `sample`, `report`, `export` and `eval` take its name.
 
 Its checkpoint holds bf16 weights and no optimizer, so that it is small: it is for looking at, not for training on.
 """

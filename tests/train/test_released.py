@@ -36,7 +36,7 @@ def test_it_weighs_under_ten_megabytes_and_has_learnt(tmp_path: Path) -> None:
     assert loss < 3, f"{loss:.2f} nats per token on words that every address has"
 
 
-def test_it_samples_and_reports_by_its_name(
+def test_it_samples_reports_and_exports_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -46,3 +46,5 @@ def test_it_samples_and_reports_by_its_name(
     assert "goes without" not in capsys.readouterr().err
     assert "reads.json" not in {path.name for path in tmp_path.iterdir()}
     assert (tmp_path / "report.html").stat().st_size > 100_000
+    assert main(["export", NAME, "model"]) == 0
+    assert f"# {NAME}\n" in (tmp_path / "model" / "README.md").read_text()
