@@ -56,8 +56,10 @@ def gpus(runs: list[Planned]) -> list[str]:
         return []
     import torch
 
+    count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    # CUDA sees none of those after a wrong one, -1 say: a run that was given it would train on the CPU.
+    return [name.strip() for name in named.split(",")][:count] if named else [str(index) for index in range(count)]
 
 
 def least_used(gpus: list[str], taken: list[str | None]) -> str | None:

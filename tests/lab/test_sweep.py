@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fathom.cli import main
 from fathom.errors import UserError
@@ -365,3 +366,12 @@ def test_runs_are_spread_over_the_gpus(data: Path) -> None:
     base = RunConfig()
     named = [Planned("one", "base", "prenorm", 0, replace(base, device="cpu"))]
     assert gpus(named) == [], "a run that names its device stays there"
+
+
+def test_no_run_is_given_a_gpu_that_cuda_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    runs = [Planned("one", "base", "prenorm", 0, RunConfig())]
+    for visible in ("3, 1,-1,0", "3,1,"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpus(runs) == ["3", "1"], visible
