@@ -18,6 +18,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -210,9 +211,15 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+SECONDS_TO_SPEAK = 5.0
+
+
 def _fail(message: str) -> int:
     if os.environ.get("RANK", "0") == "0":  # of the processes of one job one speaks
         print(" ".join(message.splitlines()), file=sys.stderr)
+    else:
+        # torchrun ends all processes when the first has failed, and that must not be before the one has spoken.
+        time.sleep(SECONDS_TO_SPEAK)
     return 2
 
 

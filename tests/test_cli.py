@@ -457,3 +457,16 @@ def test_streams_and_exit_code_of_the_real_command(place: Path) -> None:
     command = [*FATHOM, "sample", "run", "--prompt", "→", "--tokens", "2"]
     right = subprocess.run(command, capture_output=True, text=True, cwd=place, env=ascii_terminal)
     assert right.returncode == 0 and right.stdout.startswith("?") and right.stderr.count("\n") == 1
+
+
+def test_the_process_that_speaks_fails_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun ends the others once one has failed, so a silent one that were faster would take the line away."""
+    waited: list[float] = []
+    monkeypatch.setattr("fathom.cli.time.sleep", waited.append)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["nothing"]) == 2
+        assert bool(capsys.readouterr().err) == (rank == "0")
+    assert waited == [cli.SECONDS_TO_SPEAK]

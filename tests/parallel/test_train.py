@@ -142,9 +142,9 @@ def test_torchrun_as_a_user_starts_it(folder: Path, world4: Ranks, tmp_path: Pat
 def test_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.num_heads is 2: parallel\.tp, 3, must divide it"):
         config(corpus, tp=3)
-    with pytest.raises(UserError, match=r"parallel\.tp is 2: .*, not delta$"):
+    with pytest.raises(UserError, match=r"parallel\.tp is 2: .* not with residual\.rule delta$"):
         replace(config(corpus, tp=2), model=ModelConfig(residual=ResidualConfig(rule="delta")))
-    with pytest.raises(UserError, match=r"parallel\.tp is 2: .*, not block$"):
+    with pytest.raises(UserError, match=r"parallel\.tp is 2: .* not with residual\.activation$"):
         replace(config(corpus, tp=2), model=ModelConfig(residual=ResidualConfig(rule="block", activation="sigmoid")))
     with pytest.raises(UserError, match=r"parallel\.tp is 2: muon orthogonalises whole matrices"):
         replace(config(corpus, tp=2), optim=OptimConfig(optimizer="muon"))
