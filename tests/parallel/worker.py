@@ -233,6 +233,7 @@ def benchmark(out: Path) -> None:
     """As `torchrun` starts benchmarks/pipeline.py, at a tiny size."""
     script = Path(__file__).parents[2] / "benchmarks" / "pipeline.py"
     sys.argv = [str(script), "--device", "cpu", "--tiny", "--micro-batches", "4", "--rounds", "2", "--out", str(out)]
+    sys.path.insert(0, str(script.parent))  # as for any script that is started by its path
     runpy.run_path(str(script), run_name="__main__")
 
 
