@@ -119,8 +119,8 @@ class RunConfig:
             )
         for name in ("lr", "muon_lr", "embedding_lr", "head_lr", "depth_lr"):
             rate = getattr(o, name)
-            if rate is not None and not rate > 0:
-                raise UserError(f"optim.{name} is {rate}: it must be positive")
+            if rate is not None and not 0 < rate < float("inf"):
+                raise UserError(f"optim.{name} is {rate}: it must be positive and finite")
         for name, share in (("beta1", o.beta1), ("beta2", o.beta2)):
             if not 0 <= share < 1:
                 raise UserError(f"optim.{name} is {share}: it must be in [0, 1)")

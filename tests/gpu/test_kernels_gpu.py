@@ -121,5 +121,5 @@ def test_memory_at_either_level():
     prenorm = kept(PreNorm(16, 1024))
     recomputed = kept(BlockAttnRes(16, 1024, block_size=8, recompute=True))
     whole = kept(BlockAttnRes(16, 1024, block_size=8))
-    assert recomputed <= prenorm + 1.5  # the second block's first read, and a few numbers per token
+    assert recomputed <= prenorm + 1
     assert whole <= recomputed + 16

@@ -106,6 +106,8 @@ WRONG: list[tuple[Any, str]] = [
     ({"optim": {"lr": float("nan")}}, "optim.lr is nan: it must be positive"),
     ({"optim": {"muon_lr": -1}}, "optim.muon_lr is -1.0: it must be positive"),
     ({"optim": {"depth_lr": 0}}, "optim.depth_lr is 0.0: it must be positive"),
+    ({"optim": {"embedding_lr": float("inf")}}, "optim.embedding_lr is inf: it must be positive and finite"),
+    ({"optim": {"head_lr": -1}}, "optim.head_lr is -1.0: it must be positive and finite"),
     ({"optim": {"clip": -1}}, "optim.clip is -1.0: it must be at least 0"),
     ({"optim": {"clip": float("nan")}}, "optim.clip is nan: it must be at least 0"),
     ({"optim": {"warmup": -1}}, "optim.warmup is -1: it must be at least 0"),
