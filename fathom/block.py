@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fathom.depth_attention import EPS, depth_attention_weights, fold_gain
 from fathom.errors import UserError
-from fathom.kernels import inter_block, read, update_read
+from fathom.kernels import mix, read, score, update_read
 from fathom.stream import Norm, Stream, norm_parts
 
 Schedule = Literal["two_phase", "single_pass"]
@@ -43,6 +43,15 @@ def block_starts(num_sublayers: int, *, num_blocks: int | None = None, block_siz
     return [n * size + min(n, longer) for n in range(num_blocks)]
 
 
+class Ahead(NamedTuple):
+    """Of the reads after the current block, the output's included: what is known before they happen."""
+
+    queries: Tensor
+    """Key gain folded in, [K, D]."""
+    scores: tuple[Tensor, ...]
+    """Of each source of the bank, its scores for them, [K, ...]."""
+
+
 class BlockState(NamedTuple):
     bank: tuple[Tensor, ...]
     """b_0 .. b_{n-1}, each [..., D]."""
@@ -50,12 +59,16 @@ class BlockState(NamedTuple):
     """b_n^i [..., D], or b_n^{i-1} while an output is pending; None at a block's start."""
     pending: Tensor | None
     """The latest output, which the next read adds to the partial sum; None where it is added already."""
-    out: tuple[Tensor, ...]
-    """Phase 1 of the current block: its S reads, each [..., D]; empty at a block's start and under the single-pass schedule."""
-    lse: tuple[Tensor, ...]
+    out: tuple[Tensor, ...] = ()
+    """Phase 1 of the current block: its reads still to come, each [..., D]; empty at a block's start."""
+    lse: tuple[Tensor, ...] = ()
     """Their log-denominators, each [...]."""
-    queries: tuple[Tensor, ...]
+    queries: tuple[Tensor, ...] = ()
     """Their queries, key gain folded in, each [D]."""
+    scores: tuple[Tensor, ...] = ()
+    """Of each source of the bank, its scores for all S reads of the block, [S, ...]."""
+    ahead: Ahead | None = None
+    """None, and the four before it empty, under the single-pass schedule."""
 
 
 class BlockAttnRes(Stream):
@@ -115,43 +128,77 @@ class BlockAttnRes(Stream):
         return state.partial + state.pending
 
     def start(self, embedding: Tensor) -> BlockState:
-        return BlockState((embedding,), None, None, (), (), ())
+        return self._begin((embedding,))
+
+    def _begin(self, bank: tuple[Tensor, ...]) -> BlockState:
+        """The state at a block's start, over sources that nothing is known of."""
+        if self.schedule == "single_pass":
+            return BlockState(bank, None, None)
+        queries = fold_gain(self.query, self.key_gain)
+        scores = tuple(score(None, source, queries, eps=self.eps)[1] for source in bank)
+        return BlockState(bank, None, None, ahead=Ahead(queries, scores))
+
+    def _phase_1(self, state: BlockState, num_reads: int, norm_weight: Tensor | None, norm_eps: float) -> BlockState:
+        """The next ``num_reads`` reads over the bank, the first of them normalised if there is a ``norm_weight``."""
+        assert state.ahead is not None
+
+        def cut(rows: Tensor) -> tuple[Tensor, Tensor]:
+            now, later = rows.split([num_reads, len(rows) - num_reads])
+            return now, later
+
+        queries, queries_ahead = cut(state.ahead.queries)
+        scores, scores_ahead = zip(*map(cut, state.ahead.scores), strict=True)
+        outs, lses, bank = mix(state.bank, scores, norm_weight=norm_weight, norm_eps=norm_eps)
+        ahead = Ahead(queries_ahead, scores_ahead)
+        return BlockState(tuple(bank), None, None, tuple(outs), tuple(lses), queries.unbind(0), scores, ahead)
+
+    @staticmethod
+    def _after_read(state: BlockState, partial: Tensor | None) -> BlockState:
+        return state._replace(
+            partial=partial, pending=None, out=state.out[1:], lse=state.lse[1:], queries=state.queries[1:]
+        )
 
     def read(self, state: BlockState, site: int, norm: Norm) -> tuple[Tensor, BlockState]:
         if self.schedule == "single_pass":
             return self._read_all(state, site, norm), state
-        first, end = self._ranges()[self.block_of_site[site]]
         weight, norm_eps = norm_parts(norm)
+        first, end = self._ranges()[self.block_of_site[site]]
         if site == first:
-            # Sliced once a block: the gradient of every slice of a parameter is as large as the parameter.
-            queries = fold_gain(self.query[first:end], None if self.key_gain is None else self.key_gain[first:end])
-            outs, lses = inter_block(state.bank, queries, eps=self.eps, norm_weight=weight, norm_eps=norm_eps)
-            state = state._replace(out=tuple(outs[1:]), lse=tuple(lses[1:]), queries=queries.unbind(0)[1:])
-            return outs[0] if weight is not None else norm(outs[0]), state
-        assert state.pending is not None
-        out, lse, query = state.out[0], state.lse[0], state.queries[0]
-        with self._keep(out, state.bank, query):
-            total, x = update_read(
-                state.partial, state.pending, out, lse, query, None, weight, eps=self.eps, norm_eps=norm_eps
-            )
-        state = BlockState(state.bank, total, None, state.out[1:], state.lse[1:], state.queries[1:])
-        return x if weight is not None else norm(x), state
+            state = self._phase_1(state, end - first, weight, norm_eps)
+            total, x = None, state.out[0]
+        else:
+            assert state.pending is not None
+            with self._keep(state):
+                total, x = update_read(
+                    state.partial, state.pending, state.out[0], state.lse[0], state.queries[0], None, weight,
+                    eps=self.eps, norm_eps=norm_eps,
+                )  # fmt: skip
+        return x if weight is not None else norm(x), self._after_read(state, total)
 
     def write(self, state: BlockState, site: int, output: Tensor) -> BlockState:
         state = state._replace(pending=output)
         last = site + 1 == self._ranges()[self.block_of_site[site]][1]
-        if last:
-            return BlockState(self._sources(state), None, None, (), (), ())
         if self.schedule == "single_pass":
+            if last:
+                return BlockState(self._sources(state), None, None)
             return state._replace(partial=self._total(state), pending=None)
-        return state
+        if not last:
+            return state
+        ahead = state.ahead
+        assert ahead is not None
+        if len(ahead.queries) == 0:  # a stage of a pipeline: later reads are the next one's
+            return BlockState(self._sources(state), None, None, ahead=ahead)
+        source, scores = score(state.partial, output, ahead.queries, eps=self.eps)
+        return BlockState((*state.bank, source), None, None, ahead=Ahead(ahead.queries, (*ahead.scores, scores)))
 
-    def _keep(self, out: Tensor, bank: tuple[Tensor, ...], query: Tensor) -> AbstractContextManager[object]:
-        """What autograd keeps of ``out``, a read of phase 1: itself, or with ``recompute`` how to compute it again."""
-        if not self.recompute or not torch.is_grad_enabled():
+    def _keep(self, state: BlockState) -> AbstractContextManager[object]:
+        """What autograd keeps of the next read of phase 1: itself, or with ``recompute`` how to compute it again."""
+        # A single source is its own read, and kept anyway.
+        if not self.recompute or not torch.is_grad_enabled() or len(state.bank) == 1:
             return nullcontext()
-        at, size, query = out.data_ptr(), out.numel(), query.detach()
-        sources = [source.detach() for source in bank]
+        at, size, index = state.out[0].data_ptr(), state.out[0].numel(), len(state.scores[0]) - len(state.out)
+        sources = [source.detach() for source in state.bank]
+        scores = [each[index : index + 1].detach() for each in state.scores]
 
         def pack(tensor: Tensor) -> Tensor | torch.Size:
             return tensor.shape if tensor.data_ptr() == at and tensor.numel() == size else tensor
@@ -159,7 +206,7 @@ class BlockAttnRes(Stream):
         def unpack(kept: Tensor | torch.Size) -> Tensor:
             if isinstance(kept, Tensor):
                 return kept
-            return inter_block(sources, query[None], eps=self.eps)[0][0].reshape(kept)
+            return mix(sources, scores)[0][0].reshape(kept)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
@@ -170,7 +217,11 @@ class BlockAttnRes(Stream):
         return x if weight is not None else norm(x)
 
     def finish(self, state: BlockState, norm: Norm) -> Tensor:
-        return self._read_all(state, self.num_sublayers, norm)
+        if self.schedule == "single_pass":
+            return self._read_all(state, self.num_sublayers, norm)
+        weight, norm_eps = norm_parts(norm)
+        x = self._phase_1(state, 1, weight, norm_eps).out[0]
+        return x if weight is not None else norm(x)
 
     def running_sum(self, state: BlockState) -> Tensor:
         return self._sources(state)[-1]

@@ -32,23 +32,42 @@ def inter_block(
     scale: float = 1.0,
     normalize_values: bool = False,
 ) -> tuple[Float[Tensor, "S *batch D"], Float[Tensor, "S *batch"]]:
-    """Phase 1: S reads of the same N sources in one sweep.
+    """Phase 1: S reads of the same N sources in one sweep: their scores, then the mixes.
 
     Returns ``(out, lse)``; ``out`` keeps the sources' dtype, ``lse`` is float32 or float64. ``scale`` multiplies the scores;
     with ``normalize_values`` the values are RMS-normalised like the keys, without the gain (both are Inkling-2's).
     """
     check_sources(sources, queries.shape[-1])
     dtype = compute_dtype(sources[0])
-    values = torch.stack([source.to(dtype) for source in sources], dim=-2)
-    scores = scale * key_scores(values, fold_gain(queries, gain).to(dtype), eps)
-    lse = scores.logsumexp(-2)
-    weights = (scores - lse.unsqueeze(-2)).exp()
-    if normalize_values:
-        weights = weights * (values.square().mean(-1, keepdim=True) + eps).rsqrt()
+    folded = fold_gain(queries, gain)
+    scores = [score(source, folded, eps=eps, scale=scale) for source in sources]
+    if not normalize_values:
+        return mix(sources, scores)
+    values = [source.to(dtype) for source in sources]
+    out, lse = mix([v * (v.square().mean(-1, keepdim=True) + eps).rsqrt() for v in values], scores)
+    return out.to(sources[0].dtype), lse
+
+
+def score(
+    source: Float[Tensor, "*batch D"], queries: Float[Tensor, "K D"], *, eps: float = EPS, scale: float = 1.0
+) -> Float[Tensor, "K *batch"]:
+    """The scores of one source for K queries, key gain folded in: all that later reads need to know to weigh it."""
+    dtype = compute_dtype(source)
+    return scale * key_scores(source.to(dtype), queries.to(dtype), eps).movedim(-1, 0)
+
+
+def mix(
+    sources: Sequence[Float[Tensor, "*batch D"]], scores: Sequence[Float[Tensor, "S *batch"]]
+) -> tuple[Float[Tensor, "S *batch D"], Float[Tensor, "S *batch"]]:
+    """S reads of N sources by their scores, ``out`` in the sources' dtype, and ``lse``."""
+    known = torch.stack(list(scores), dim=-1)
+    lse = known.logsumexp(-1)
+    weights = (known - lse.unsqueeze(-1)).exp().movedim(0, -2)
+    values = torch.stack([source.to(weights.dtype) for source in sources], dim=-2)
     with full_precision(values):
-        # Token-major inside, so that one batched product over tokens does each of the two contractions.
-        out = (weights.mT @ values).to(sources[0].dtype)
-    return out.movedim(-2, 0), lse.movedim(-1, 0)
+        # Token-major inside, so that one batched product over tokens does it.
+        out = (weights @ values).to(sources[0].dtype)
+    return out.movedim(-2, 0), lse
 
 
 def as_partial(

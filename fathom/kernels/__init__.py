@@ -1,8 +1,10 @@
-"""The three operations of the residual path, each with two backends, and the one place that chooses between them.
+"""The operations of the residual path, each with two backends, and the one place that chooses between them.
 
-    inter_block   every read of a block over its finished sources, in one sweep       two_phase.py | inter.py
+    score         the sum that ends a block, and its scores for all later reads       two_phase.py | scores.py
+    mix           every read of a block over its finished sources, from their scores  two_phase.py | mixes.py
     update_read   residual add, intra-block merge and the next norm                   two_phase.py | update.py
-    read          one site over all its sources                                       depth_attention.py | inter.py
+    inter_block   ``mix`` of sources that have no scores yet                          two_phase.py | inter.py
+    read          one site over all its sources                                       two_phase.py | inter.py
 
 ``reference`` is the plain equation in PyTorch, on any device and dtype. ``triton`` is the fused kernels: on a GPU, or anywhere in
 Triton's interpreter (``TRITON_INTERPRET=1``). Unless ``use_backend`` or the environment's ``FATHOM_BACKEND`` says otherwise,
@@ -88,6 +90,65 @@ def _check_sources(sources: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(sources[0].shape)
 
 
+def score(
+    partial: Float[Tensor, "*batch D"] | None,
+    output: Float[Tensor, "*batch D"],
+    queries: Float[Tensor, "K D"],
+    *,
+    eps: float = EPS,
+) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "K *batch"]]:
+    """``partial + output`` (or ``output``), a finished source, and its scores for K queries, key gain folded in."""
+    shape = _check_sources([output])
+    _check("partial", partial, shape, output)
+    if queries.ndim != 2 or queries.shape[0] < 1:
+        raise UserError(f"queries has shape {tuple(queries.shape)}: it must be [K, D] with at least one read")
+    _check("queries", queries, (queries.shape[0], shape[-1]), output, dtype=False)
+    if backend_for(output.device, output.dtype) == "triton":
+        from fathom.kernels import scores as kernel
+        from fathom.kernels.tiles import as_rows
+
+        before = None if partial is None else as_rows(partial).contiguous()
+        source, scores = kernel.score(before, as_rows(output), queries.contiguous(), eps, 1.0)
+        return source.view(shape), scores.view(-1, *shape[:-1])
+    source = output if partial is None else partial + output
+    return source, two_phase.score(source, queries, eps=eps)
+
+
+def mix(
+    sources: Sequence[Float[Tensor, "*batch D"]],
+    scores: Sequence[Float[Tensor, "S *batch"]],
+    *,
+    norm_weight: Float[Tensor, "D"] | None = None,
+    norm_eps: float = EPS,
+) -> tuple[Sequence[Float[Tensor, "*batch D"]], Sequence[Float[Tensor, "*batch"]], Sequence[Float[Tensor, "*batch D"]]]:
+    """S reads of N sources whose scores are known: ``(out, lse, sources)``, the first two as ``inter_block`` returns them.
+
+    The sources come back for the reads after these. Whoever uses those, and not the ones that were given, has the gradient of
+    each source pass through its reads one after the other, where adding to it costs less than autograd's additions.
+    """
+    shape = _check_sources(sources)
+    first = sources[0]
+    if len(scores) != len(sources):
+        raise UserError(f"there are {len(scores)} scores for {len(sources)} sources: each source has its own")
+    for index, each in enumerate(scores):
+        _check(f"scores[{index}]", each, (scores[0].shape[0], *shape[:-1]), first, dtype=False)
+    _check("norm_weight", norm_weight, (shape[-1],), first, dtype=False)
+    if backend_for(first.device, first.dtype) == "triton":
+        from fathom.kernels import mixes as kernel
+        from fathom.kernels.tiles import as_rows
+
+        flat = [each.reshape(each.shape[0], -1).contiguous() for each in scores]
+        rows, lse, passed = kernel.mix([as_rows(source) for source in sources], flat)
+        outs, lses = [row.view(shape) for row in rows], [row.view(shape[:-1]) for row in lse.unbind(0)]
+        sources = [row.view(shape) for row in passed]
+    else:
+        out, lse = two_phase.mix(sources, scores)
+        outs, lses = list(out.unbind(0)), list(lse.unbind(0))
+    if norm_weight is not None:
+        outs[0] = _norm(outs[0], norm_weight, norm_eps)
+    return outs, lses, sources
+
+
 def inter_block(
     sources: Sequence[Float[Tensor, "*batch D"]],
     queries: Float[Tensor, "S D"],
@@ -121,22 +182,20 @@ def inter_block(
         rows, lse, _, _ = kernel.inter_block(
             [as_rows(source) for source in sources], fold_gain(queries, gain).contiguous(), eps, scale, normalize_values
         )
-        outs = [row.view(shape) for row in rows]
-        if norm_weight is not None:
-            outs[0] = _norm(rows[0], norm_weight, norm_eps).view(shape)
-        return outs, [row.view(shape[:-1]) for row in lse.unbind(0)]
-    out, lse = two_phase.inter_block(sources, queries, gain, eps=eps, scale=scale, normalize_values=normalize_values)
-    outs = list(out.unbind(0))
+        outs, lses = [row.view(shape) for row in rows], [row.view(shape[:-1]) for row in lse.unbind(0)]
+    else:
+        out, lse = two_phase.inter_block(
+            sources, queries, gain, eps=eps, scale=scale, normalize_values=normalize_values
+        )
+        outs, lses = list(out.unbind(0)), list(lse.unbind(0))
     if norm_weight is not None:
-        outs[0] = two_phase.rms_norm(outs[0], norm_weight, norm_eps)
-    return outs, lse.unbind(0)
+        outs[0] = _norm(outs[0], norm_weight, norm_eps)
+    return outs, lses
 
 
-def _norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of [tokens, D]: what ``update_read`` is without a partial sum and without sources."""
-    from fathom.kernels import update
-
-    return update.update_read(None, rows, None, None, None, weight.contiguous(), 0.0, eps, False)[0]
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm: what ``update_read`` is without a partial sum and without sources."""
+    return update_read(None, x, None, None, None, norm_weight=weight, norm_eps=eps)[1]
 
 
 def read(
@@ -218,7 +277,7 @@ def update_read(
             rows(partial), as_rows(output).contiguous(), rows(inter_out), lse, folded, weight, eps, norm_eps,
             return_mix or norm_weight is None,
         )  # fmt: skip
-        parts = [output if partial is None else found.pop(0).view(shape), *(part.view(shape) for part in found[:-1])]
+        parts = [part.view(shape) for part in found]
     else:
         total, x, mix = two_phase.update_read(
             partial, output, inter_out, inter_lse, query, gain, norm_weight, eps=eps, norm_eps=norm_eps

@@ -64,6 +64,25 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+PAD_FROM, PAD_TO = 8, 8
+
+
+def padded(count: int) -> int:
+    """The number of tensors that a kernel is compiled for: above PAD_FROM the next multiple of PAD_TO, because there are rules
+    whose every site has one source more than the site before."""
+    return count if count <= PAD_FROM else -(-count // PAD_TO) * PAD_TO
+
+
+def pointers(tensors: list[Tensor] | None) -> tuple[Tensor, ...] | None:
+    """``tensors`` as a kernel takes them, filled up to ``padded`` with the first."""
+    return None if tensors is None else (*tensors, *[tensors[0]] * (padded(len(tensors)) - len(tensors)))
+
+
+def strides_of(tensors: list[Tensor]) -> tuple[int, ...]:
+    """From row to row of each [tokens, D], filled up as ``pointers`` fills up."""
+    return tuple(t.stride(0) for t in pointers(tensors) or ())
+
+
 def is_aligned(*tensors: Tensor) -> bool:
     """Whether every row of ``tensors`` [tokens, D] starts at a multiple of 16 bytes, so that loads may be 16 bytes wide."""
     return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)

@@ -16,6 +16,8 @@ b and f share the gradient db'. Each program walks over tokens and keeps its sha
 added afterwards in a fixed order.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -63,7 +65,7 @@ def _forward(
 def _backward(
     total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix, dtotal, dinter, dlse, dweights, num_tokens, dim,
     INTER: tl.constexpr, NORM: tl.constexpr, DTOTAL: tl.constexpr, DMIX: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     inside = d < dim
@@ -73,7 +75,7 @@ def _backward(
         q = tl.load(query + d, inside, other=0).to(ACC)[None, :]
     if NORM:
         w = tl.load(norm_weight + d, inside, other=0).to(ACC)[None, :]
-    for tile in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0), num_stages=STAGES):
         t = tile * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
         here = t < num_tokens
         at, mask = t[:, None] * dim + d[None, :], here[:, None] & inside[None, :]
@@ -110,14 +112,28 @@ def _backward(
     tl.store(out + dim, dw, inside)
 
 
+BACKWARD_PROGRAMS, BACKWARD_STAGES = 2, 3
+"""Programs of ``_backward`` on each multiprocessor, and how many tokens' rows one of them has on the way."""
+BACKWARD_ELEMENTS, BACKWARD_BYTES = 2048, 65536
+"""Elements of a tensor that it takes at a time, if a row is not longer, and the most shared memory for those on the way."""
+
+
 def _tile(dim: int) -> tuple[int, int, int]:
     columns = power_of_two(dim, 16)
     tokens = max(1, min(8, 4096 // columns))
     return tokens, columns, max(4, warps(2 * tokens * columns))
 
 
+def _backward_tile(total: Tensor) -> tuple[int, int, int, int]:
+    """One row of at least 2048 columns or several shorter ones, and as many on the way as shared memory takes."""
+    columns = power_of_two(total.shape[1], 16)
+    tokens = max(1, min(8, BACKWARD_ELEMENTS // columns))
+    stages = 1 + BACKWARD_BYTES // (4 * tokens * columns * total.element_size())
+    return tokens, columns, max(4, warps(tokens * columns * 2)), min(stages, BACKWARD_STAGES)
+
+
 @torch.library.custom_op("fathom::update_read", mutates_args=())
-def update_read(
+def update_read_op(
     partial: Tensor | None, output: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None,
     norm_weight: Tensor | None, eps: float, norm_eps: float, return_mix: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -142,7 +158,7 @@ def update_read(
     return [tensor for tensor in (total, x, mix, stats) if tensor is not None]
 
 
-@update_read.register_fake
+@update_read_op.register_fake
 def _(partial, output, inter, lse, query, norm_weight, eps, norm_eps, return_mix):
     count = (partial is not None) + (norm_weight is not None) + return_mix
     stats = statistic(output, 3, output.shape[0])
@@ -159,13 +175,13 @@ def update_read_backward(
     dtotal = torch.empty_like(total)
     dinter = torch.empty_like(total) if inter is not None else total.new_empty(0)
     dlse = stats.new_empty(num_tokens if inter is not None else 0)
-    block_t, block_d, num_warps = _tile(dim)
-    programs = min(2 * multiprocessors(total.device), triton.cdiv(num_tokens, block_t))
+    block_t, block_d, num_warps, stages = _backward_tile(total)
+    programs = min(BACKWARD_PROGRAMS * multiprocessors(total.device), triton.cdiv(num_tokens, block_t))
     dweights = stats.new_empty(programs, 2, dim)
     _backward[(programs,)](
         total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix, dtotal, dinter, dlse, dweights, num_tokens, dim,
         INTER=inter is not None, NORM=dx is not None, DTOTAL=dtotal_in is not None, DMIX=dmix is not None,
-        BLOCK_T=block_t, BLOCK_D=block_d, ACC=accumulator(total), num_warps=num_warps,
+        BLOCK_T=block_t, BLOCK_D=block_d, ACC=accumulator(total), STAGES=stages, num_warps=num_warps,
     )  # fmt: skip
     return dtotal, dinter, dlse, dweights.sum(0)
 
@@ -181,28 +197,49 @@ def _(total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix):
     )
 
 
-def _setup(ctx, inputs, output):
-    partial, out, inter, lse, query, norm_weight, _, _, return_mix = inputs
-    ctx.set_materialize_grads(False)
-    ctx.parts = (partial is not None, norm_weight is not None, return_mix)
-    ctx.save_for_backward(out if partial is None else output[0], inter, lse, query, norm_weight, output[-1])
+class _Update(torch.autograd.Function):
+    """b' (f itself, without a partial sum), and what there is of x and h.
+
+    f passes through as b', so that the gradient of its later use meets the others in the kernel and not in autograd.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, partial: Tensor | None, output: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None,
+        norm_weight: Tensor | None, eps: float, norm_eps: float, return_mix: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        *found, stats = update_read_op(partial, output, inter, lse, query, norm_weight, eps, norm_eps, return_mix)
+        total, *rest = found if partial is not None else (output, *found)
+        ctx.parts = (partial is not None, norm_weight is not None, return_mix)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, inter, lse, query, norm_weight, stats)
+        return (total, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, inter, lse, query, norm_weight, stats = ctx.saved_tensors
+        is_sum, is_normed, is_mixed = ctx.parts
+        dtotal_in, *rest = (None if grad is None else grad.contiguous() for grad in grads)
+        dx = rest[0] if is_normed else None
+        dmix = rest[-1] if is_mixed else None
+        if dx is None and dmix is None:
+            return dtotal_in if is_sum else None, dtotal_in, *(None for _ in range(7))
+        dtotal, dinter, dlse, dweights = update_read_backward(
+            total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix
+        )
+        here = inter is not None
+        return (
+            dtotal if is_sum else None, dtotal, dinter if here else None, dlse if here else None,
+            dweights[0].to(query.dtype) if here else None, dweights[1].to(norm_weight.dtype) if dx is not None else None,
+            None, None, None,
+        )  # fmt: skip
 
 
-def _gradients(ctx, grads):
-    total, inter, lse, query, norm_weight, stats = ctx.saved_tensors
-    found = iter(None if grad is None else grad.contiguous() for grad in grads)
-    dtotal_in, dx, dmix = (next(found) if part else None for part in ctx.parts)
-    if dx is None and dmix is None:
-        if dtotal_in is None:
-            return (None,) * 9
-        dmix = torch.zeros_like(total)
-    dtotal, dinter, dlse, (dq, dw) = update_read_backward(
-        total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix
-    )
-    return (
-        dtotal if ctx.parts[0] else None, dtotal, dinter if inter is not None else None, dlse if inter is not None else None,
-        dq.to(query.dtype) if inter is not None else None, dw.to(norm_weight.dtype) if dx is not None else None, None, None, None,
+def update_read(
+    partial: Tensor | None, output: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None,
+    norm_weight: Tensor | None, eps: float, norm_eps: float, return_mix: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The equations at the top for [tokens, D]: b', then x (with ``norm_weight``) and h (with ``return_mix``)."""
+    return list(
+        _Update.apply(partial, output, inter, lse, query, norm_weight, eps, norm_eps, return_mix)
     )  # fmt: skip
-
-
-update_read.register_autograd(_gradients, setup_context=_setup)

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fathom.block import BlockAttnRes, BlockState
-from fathom.depth_attention import fold_gain
 from fathom.errors import UserError
 from fathom.full import FullAttnRes
-from fathom.kernels import inter_block
 from fathom.models.layers import Context, RMSNorm, make_context
 from fathom.models.transformer import Transformer
 from fathom.parallel.config import Recompute
@@ -71,12 +69,11 @@ class StageBlocks(BlockAttnRes):
 
     def enter(self, bank: Sources, partial: Tensor | None) -> BlockState:
         """The state at the stage's first site."""
-        if partial is None or self.schedule == "single_pass":
-            return BlockState(bank, partial, None, (), (), ())
-        end = self._ranges()[0][1]
-        queries = fold_gain(self.query[:end], None if self.key_gain is None else self.key_gain[:end])
-        outs, lses = inter_block(bank, queries, eps=self.eps)
-        return BlockState(bank, None, partial, tuple(outs), tuple(lses), queries.unbind(0))
+        state = self._begin(bank)
+        if self.schedule == "single_pass" or partial is None:
+            return state._replace(partial=partial)
+        # The stage's first read is inside a block: it merges with the partial sum, as all but a block's first do.
+        return self._phase_1(state, self._ranges()[0][1], None, self.eps)._replace(pending=partial)
 
 
 def _stage_stream(stream: nn.Module, plan: Plan, stage: int, *, single_pass: bool) -> PreNorm | StageBlocks:

@@ -58,6 +58,27 @@ def test_very_many_tokens(tokens: int, d: int):
         assert (a - b).norm() <= 8e-3 * b.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("queries", [16, 33, 70])
+def test_scores_of_many_tokens(queries: int, dtype: torch.dtype):
+    """Every row of a source that all multiprocessors score at once, for as many queries as the widest products take, and more."""
+    partial, output = (torch.randn(16384, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    weights = (torch.randn(queries, 2048, device="cuda") / 2048**0.5).to(dtype)
+    grads = [torch.randn_like(output), torch.randn(queries, 16384, device="cuda")]
+
+    def run(backend: str) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (partial, output, weights)]
+        with use_backend(backend):  # type: ignore[arg-type]
+            found = kernels.score(*leaves)
+        torch.autograd.backward(list(found), grads)
+        return [t.detach() for t in found] + [leaf.grad for leaf in leaves]  # type: ignore[misc]
+
+    first, second, plain = run("triton"), run("triton"), run("reference")
+    for a, b, c in zip(first, second, plain, strict=True):
+        assert torch.equal(a, b)
+        assert ((a.float() - c.float()).abs().amax() / c.float().square().mean().sqrt()).item() < 0.1
+
+
 def stack(stream: Stream, embedding: Tensor, norm: torch.nn.Module) -> Tensor:
     state = stream.start(embedding)
     for site in range(stream.num_sublayers):

@@ -118,23 +118,23 @@ def test_checkpointing_and_recomputation_change_no_bit(device: str):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize(("recompute", "expected"), [(False, 5), (True, 0)])
+@pytest.mark.parametrize(("recompute", "expected"), [(False, 2), (True, 0)])
 def test_recomputation_keeps_no_read(recompute: bool, expected: int, device: str, monkeypatch: pytest.MonkeyPatch):
-    """Of two blocks of 4 and 3 sublayers, all reads but the first of each are kept for the backward pass, or none is."""
-    from fathom.kernels import inter
+    """Two blocks of 4 and 3 sublayers. The first's reads are its only source; the second's last two are kept or are not."""
+    from fathom.kernels import mixes
 
     reads: list[StorageWeakRef] = []
-    original = inter.inter_block
+    original = mixes.mix_op
 
     def spy(*args):
         results = original(*args)
         reads.extend(StorageWeakRef(out.untyped_storage()) for out in results[0])
         return results
 
-    monkeypatch.setattr(inter, "inter_block", spy)
+    monkeypatch.setattr(mixes, "mix_op", spy)
     with use_backend("triton"):
         out = stack(stream_of(device, recompute=recompute), torch.randn(2, 5, 24).to(device).requires_grad_())
-    assert len(reads) == 7 + 1
+    assert len(reads) == 3 + 1
     assert sum(not read.expired() for read in reads[:-1]) == expected
     assert out.requires_grad
 
@@ -160,17 +160,22 @@ def test_hooks_see_every_saved_tensor(device: str):
 
 
 def test_opcheck(device: str):
-    from fathom.kernels import inter, update
+    from fathom.kernels import inter, mixes, scores, update
 
     torch.use_deterministic_algorithms(False)  # opcheck compares runs of its own; poison would be compared too
     sources = [torch.randn(3, 16, device=device, requires_grad=True) for _ in range(2)]
     queries = torch.randn(2, 16, device=device, requires_grad=True)
     torch.library.opcheck(inter.inter_block, (sources, queries, 1e-6, 1.0, False))
-    rows = [torch.randn(3, 16, device=device, requires_grad=True) for _ in range(3)]
-    lse = torch.randn(3, device=device, requires_grad=True)
-    query, weight = (torch.randn(16, device=device, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(update.update_read, (rows[0], rows[1], rows[2], lse, query, weight, 1e-6, 1e-6, False))
-    torch.library.opcheck(update.update_read, (None, rows[1], None, None, None, weight, 1e-6, 1e-6, True))
+    # The others have their gradients around them, in an autograd.Function each.
+    rows = [torch.randn(3, 16, device=device) for _ in range(3)]
+    for partial in (None, rows[0]):
+        torch.library.opcheck(scores.score_op, (partial, rows[1], queries.detach(), 1e-6, 1.0))
+    known = [torch.randn(2, 3, device=device) for _ in sources]
+    torch.library.opcheck(mixes.mix_op, ([source.detach() for source in sources], known))
+    lse = torch.randn(3, device=device)
+    query, weight = (torch.randn(16, device=device) for _ in range(2))
+    torch.library.opcheck(update.update_read_op, (rows[0], rows[1], rows[2], lse, query, weight, 1e-6, 1e-6, False))
+    torch.library.opcheck(update.update_read_op, (None, rows[1], None, None, None, weight, 1e-6, 1e-6, True))
 
 
 COMPILED = """
@@ -207,18 +212,18 @@ def test_compiles_as_one_graph():
 
 
 def test_the_intended_backend_runs(device: str, monkeypatch: pytest.MonkeyPatch):
-    from fathom.kernels import inter, update
+    from fathom.kernels import mixes, scores, update
 
     ran = []
-    for module, name in ((inter, "inter_block"), (update, "update_read")):
+    for module, name in ((scores, "score"), (mixes, "mix"), (update, "update_read")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, o=original, n=name: ran.append(n) or o(*a))
     model = network(torch.float32, device, rule="block", num_blocks=2)
-    for backend, expected in (("reference", 0), ("triton", 3 + 6 + 3), ("auto", 12 if device == "cuda" else 0)):
+    for backend, expected in (("reference", 0), ("triton", 3 + 3 + 3 + 6), ("auto", 15 if device == "cuda" else 0)):
         ran.clear()
         with use_backend(backend):  # type: ignore[arg-type]
             model(TOKENS.to(device))
-        # Two blocks and the output each sweep once and norm once; the other six sublayers update once.
+        # The embedding and two blocks are scored; two blocks and the output mix and norm; the other six update.
         assert len(ran) == expected
 
 

@@ -1,0 +1,265 @@
+"""Reads over the same sources in one sweep, forward and backward, from scores that are known.
+
+    p_sn = softmax_n(s_sn)          out_s = Σ_n p_sn v_n          lse_s = log Σ_n exp(s_sn)
+
+Saved for the backward pass: the sources, their scores and lse; neither p nor out. Backward, with dp_sn = dout_s · v_n,
+
+    dv_n = Σ_s p_sn dout_s (+ what was given)          ds_sn = p_sn (dp_sn − Σ_m p_sm dp_sm + dlse_s)
+
+Every row is read once: a program holds its columns of one token's dout of all reads, and goes through the sources. The dot
+products dp stay sums over the 256 columns of a warp, so that no thread waits for another; ``_score_gradients``, which needs
+all of them, adds them up. With ``NORMALIZE`` the values are v_n r_n (Inkling-2).
+
+The reads of a block pass the sources on to the reads after them, and with the sources their gradient: ``mix`` returns them,
+and its backward pass adds to the gradient that comes back, instead of leaving an addition for each block to autograd.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fathom.kernels.tiles import (
+    accumulator,
+    is_aligned,
+    padded,
+    pick,
+    pick_stride,
+    pointers,
+    power_of_two,
+    row_pointers,
+    strides_of,
+)
+
+WARP_COLUMNS = 256
+"""Columns of a warp: 8, which are 16 bytes, of each thread."""
+MIX_TOKENS, MIX_WARPS, MIX_ELEMENTS = 2, 4, 16384
+"""Tokens of one program of ``_mix``, one after the other, its warps, and the most elements of the sources that it holds."""
+BACKWARD_ELEMENTS, BACKWARD_COLUMNS, BACKWARD_STAGES = 16384, 1024, 3
+"""Most elements of dout that one program of ``_backward`` holds, most columns, and how many sources' rows it has on the way."""
+SCORE_TOKENS = 32
+"""Tokens of one program of ``_score_gradients``."""
+
+
+@triton.jit(do_not_specialize=["num_sources"])
+def _mix(
+    sources, strides, scores, rstds, outs, lse, num_sources, num_tokens, dim,
+    N: tl.constexpr, S: tl.constexpr, N_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BYTES: tl.constexpr, ACC_BYTES: tl.constexpr,
+):  # fmt: skip
+    """The reads of ``BLOCK_T`` tokens, one after the other, and their lse."""
+    element: tl.constexpr = sources[0].dtype.element_ty
+    n, d = tl.arange(0, N_PAD), tl.arange(0, BLOCK_D)
+    begin = tl.program_id(0).to(tl.int64) * BLOCK_T
+    for i in range(tl.minimum(BLOCK_T, num_tokens - begin)):
+        t = begin + i
+        source = row_pointers(sources, strides, n, t, N, element, BYTES, ALIGNED)[:, None]
+        known = row_pointers(scores, strides, n, 0, N, ACC, ACC_BYTES, False) + t
+        if NORMALIZE:
+            r = tl.load(row_pointers(rstds, strides, n, 0, N, ACC, ACC_BYTES, False) + t, n < num_sources, other=0)
+        for start in range(0, dim, BLOCK_D):
+            column = start + d
+            v = tl.load(source + column[None, :], (n < num_sources)[:, None] & (column < dim)[None, :], other=0).to(ACC)
+            for s in range(S):
+                score = tl.load(known + s * num_tokens, n < num_sources, other=float("-inf"))
+                top = tl.max(score, 0)
+                p = tl.exp(score - top)
+                total = tl.sum(p, 0)
+                if start == 0:
+                    tl.store(lse + s * num_tokens + t, top + tl.log(total))
+                weight = p / total
+                if NORMALIZE:
+                    weight *= r
+                mix = tl.sum(weight[:, None] * v, 0)
+                tl.store(pick(outs, s, S, ALIGNED) + t * dim + column, mix.to(element), column < dim)
+
+
+@triton.jit(do_not_specialize=["num_sources"])
+def _backward(
+    sources, strides, scores, rstds, lse, douts, dstrides, passed, dsources, products, num_sources, num_tokens, dim,
+    N: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, PASSED: tl.constexpr,
+    PRODUCTS: tl.constexpr, NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BYTES: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one token: dv of every source, and their part of dp [tokens, N, S, pieces]."""
+    element: tl.constexpr = sources[0].dtype.element_ty
+    t = tl.program_id(0).to(tl.int64)
+    s, column = tl.arange(0, S_PAD), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    wanted, inside = s < S, column < dim
+    dout = row_pointers(douts, dstrides, s, t, S, element, BYTES, ALIGNED)[:, None]
+    g = tl.load(dout + column[None, :], wanted[:, None] & inside[None, :], other=0).to(ACC)
+    at = s * num_tokens + t
+    total = tl.load(lse + at, wanted, other=0)
+    count: tl.constexpr = BLOCK_D // PIECE
+    piece = tl.program_id(1) * count + tl.arange(0, count)
+    num_pieces = tl.num_programs(1) * count
+    for n in tl.range(num_sources, num_stages=STAGES):
+        if PRODUCTS:
+            v = tl.load(
+                pick(sources, n, N, ALIGNED) + t * pick_stride(strides, n, N) + column, inside, other=0
+            ).to(ACC)  # fmt: skip
+        weight = tl.exp(tl.load(pick(scores, n, N, False) + at, wanted, other=float("-inf")) - total)
+        if NORMALIZE:
+            weight *= tl.load(pick(rstds, n, N, False) + t)
+        dv = tl.sum(weight[:, None] * g, 0)
+        if PASSED:
+            dv += tl.load(pick(passed, n, N, ALIGNED) + t * dim + column, inside, other=0).to(ACC)
+        tl.store(pick(dsources, n, N, ALIGNED) + t * dim + column, dv.to(element), inside)
+        if PRODUCTS:
+            dp = tl.sum(tl.reshape(g * v[None, :], [S_PAD, count, PIECE]), 2)
+            out = products + ((t * num_sources + n) * S + s[:, None]) * num_pieces + piece[None, :]
+            tl.store(out, dp, wanted[:, None])
+
+
+@triton.jit(do_not_specialize=["num_sources"])
+def _score_gradients(
+    scores, rstds, lse, dlse, products, dscores, drstds, num_sources, num_tokens, num_pieces,
+    N: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, PIECES: tl.constexpr, BLOCK_T: tl.constexpr,
+    PRODUCTS: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """ds [S, tokens] of every source, and dr [tokens] if ``NORMALIZE``."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    s, piece = tl.arange(0, S_PAD), tl.arange(0, PIECES)
+    mask = (t < num_tokens)[:, None] & (s < S)[None, :]
+    at = s[None, :] * num_tokens + t[:, None]
+    total = tl.load(lse + at, mask, other=0)
+    mean = tl.zeros([BLOCK_T, S_PAD], ACC)
+    for turn in tl.static_range(2):  # first the mean of dp over the sources, then the gradients
+        for n in range(num_sources):
+            p = tl.exp(tl.load(pick(scores, n, N, False)[:, None] + at, mask, other=float("-inf")) - total)
+            dp = tl.zeros([BLOCK_T, S_PAD], ACC)
+            if PRODUCTS:
+                row = ((t[:, None] * num_sources + n) * S + s[None, :])[:, :, None] * num_pieces + piece[None, None, :]
+                dp += tl.sum(
+                    tl.load(products + row, mask[:, :, None] & (piece < num_pieces)[None, None, :], other=0), 2
+                )
+            if NORMALIZE:
+                if turn == 1:
+                    tl.store(pick(drstds, n, N, False) + t, tl.sum(p * dp, 1), t < num_tokens)
+                dp *= tl.load(pick(rstds, n, N, False) + t, t < num_tokens, other=0)[:, None]
+            if turn == 0:
+                mean += p * dp
+            else:
+                ds = p * (dp - mean + tl.load(dlse + at, mask, other=0))
+                tl.store(pick(dscores, n, N, False)[:, None] + at, ds, mask)
+
+
+def mixed(sources: list[Tensor], scores: list[Tensor], rstds: list[Tensor] | None) -> tuple[list[Tensor], Tensor]:
+    """Launch ``_mix``: S reads [tokens, D] and their lse [S, tokens]."""
+    first, (num_reads, num_tokens), num_sources = sources[0], scores[0].shape, len(sources)
+    dim, count = first.shape[1], padded(num_sources)
+    outs = [first.new_empty(num_tokens, dim) for _ in range(num_reads)]
+    lse = torch.empty_like(scores[0])
+    block_d = min(WARP_COLUMNS * MIX_WARPS, MIX_ELEMENTS // power_of_two(count), power_of_two(dim, 16))
+    _mix[(triton.cdiv(num_tokens, MIX_TOKENS),)](
+        pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), tuple(outs), lse, num_sources, num_tokens,
+        dim, N=count, S=num_reads, N_PAD=power_of_two(count), BLOCK_T=MIX_TOKENS, BLOCK_D=block_d,
+        NORMALIZE=rstds is not None, ALIGNED=is_aligned(*sources, *outs), ACC=accumulator(first),
+        BYTES=first.element_size(), ACC_BYTES=lse.element_size(), num_warps=MIX_WARPS,
+    )  # fmt: skip
+    return outs, lse
+
+
+def mixed_backward(
+    sources: list[Tensor], scores: list[Tensor], rstds: list[Tensor] | None, lse: Tensor, douts: list[Tensor], dlse: Tensor,
+    passed: list[Tensor] | None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    """Launch the backward pass: gradients of the sources, ``passed`` added, of their scores and, if given, of ``rstds``."""
+    first, (num_reads, num_tokens), num_sources = sources[0], lse.shape, len(sources)
+    dim, reads = first.shape[1], power_of_two(num_reads)
+    block_d = min(BACKWARD_COLUMNS, BACKWARD_ELEMENTS // reads, power_of_two(dim, 16))
+    piece = min(WARP_COLUMNS, block_d)
+    chunks = triton.cdiv(dim, block_d)
+    num_pieces = chunks * (block_d // piece)
+    dsources = [first.new_empty(num_tokens, dim) for _ in sources]
+    dscores = [torch.empty_like(lse) for _ in sources]
+    drstds = [torch.empty_like(rstd) for rstd in rstds] if rstds is not None else []
+    # A single source has the whole weight whatever its score: what dp adds to ds cancels.
+    use_products = num_sources > 1 or rstds is not None
+    products = lse.new_empty(num_tokens, num_sources, num_reads, num_pieces) if use_products else None
+    fixed = {
+        "N": padded(num_sources), "S": num_reads, "S_PAD": reads, "PRODUCTS": use_products, "NORMALIZE": rstds is not None,
+        "ACC": accumulator(first),
+    }  # fmt: skip
+    _backward[(num_tokens, chunks)](
+        pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), lse, tuple(douts), strides_of(douts),
+        pointers(passed), pointers(dsources), products, num_sources, num_tokens, dim, BLOCK_D=block_d, PIECE=piece,
+        PASSED=passed is not None, ALIGNED=is_aligned(*sources, *douts, *dsources, *(passed or ())),
+        BYTES=first.element_size(), STAGES=BACKWARD_STAGES, num_warps=max(1, block_d // WARP_COLUMNS), **fixed,
+    )  # fmt: skip
+    _score_gradients[(triton.cdiv(num_tokens, SCORE_TOKENS),)](
+        pointers(scores), pointers(rstds), lse, dlse, products, pointers(dscores), pointers(drstds or None), num_sources,
+        num_tokens, num_pieces, PIECES=power_of_two(num_pieces), BLOCK_T=SCORE_TOKENS, num_warps=4, **fixed,
+    )  # fmt: skip
+    return dsources, dscores, drstds
+
+
+def present(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Gradients, contiguous; zeros (one tensor of them) where autograd has none."""
+    absent = torch.zeros_like(like, memory_format=torch.contiguous_format) if None in grads else None
+    return [absent if grad is None else grad.contiguous() for grad in grads]  # type: ignore[misc]
+
+
+@torch.library.custom_op("fathom::mix", mutates_args=())
+def mix_op(sources: list[Tensor], scores: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """S reads [tokens, D] of N sources [tokens, D] by their scores [S, tokens], and their lse [S, tokens]."""
+    return mixed(sources, scores, None)
+
+
+@mix_op.register_fake
+def _(sources, scores):
+    return [sources[0].new_empty(sources[0].shape) for _ in range(scores[0].shape[0])], torch.empty_like(scores[0])
+
+
+@torch.library.custom_op("fathom::mix_backward", mutates_args=())
+def mix_backward(
+    sources: list[Tensor], scores: list[Tensor], lse: Tensor, douts: list[Tensor], dlse: Tensor, passed: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of the sources, ``passed`` (or nothing: an empty list) added, and of their scores."""
+    dsources, dscores, _ = mixed_backward(sources, scores, None, lse, douts, dlse, passed or None)
+    return dsources, dscores
+
+
+@mix_backward.register_fake
+def _(sources, scores, lse, douts, dlse, passed):
+    return [source.new_empty(source.shape) for source in sources], [torch.empty_like(lse) for _ in scores]
+
+
+class _Mix(torch.autograd.Function):
+    """N sources and N scores to S reads, their lse, and the N sources again."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        sources, scores = tensors[:count], tensors[count:]
+        ctx.count = count
+        ctx.set_materialize_grads(False)
+        if count == 1:  # every read is the source, its lse the score: nothing to compute, and nothing to store
+            ctx.save_for_backward(*tensors, scores[0])
+            outs = [sources[0].view_as(sources[0]) for _ in scores[0]]
+            return (*outs, scores[0].view_as(scores[0]), *sources)
+        outs, lse = mix_op(list(sources), list(scores))
+        ctx.save_for_backward(*tensors, lse)
+        return (*outs, lse, *sources)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, lse = ctx.saved_tensors
+        sources, scores = tensors[: ctx.count], tensors[ctx.count :]
+        num_reads = lse.shape[0]
+        douts, dlse, passed = grads[:num_reads], grads[num_reads], grads[num_reads + 1 :]
+        if all(grad is None for grad in (*douts, dlse)):
+            return None, *passed, *(None for _ in scores)
+        given = [] if all(grad is None for grad in passed) else present(passed, sources[0])
+        dsources, dscores = mix_backward(sources, scores, lse, present(douts, sources[0]), *present([dlse], lse), given)
+        return None, *dsources, *dscores
+
+
+def mix(sources: Sequence[Tensor], scores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """S reads [tokens, D] of N sources [tokens, D] by N scores [S, tokens], their lse [S, tokens], and the sources, for later
+    reads: what those add to the gradient, this backward pass takes up."""
+    num_reads = scores[0].shape[0]
+    found = list(_Mix.apply(len(sources), *sources, *scores))
+    return found[:num_reads], found[num_reads], found[num_reads + 1 :]

@@ -1,0 +1,322 @@
+"""The scores of a finished source for every read that is still to come, and what they give back to it.
+
+    v = b + f (where a block ends)          r = 1 / sqrt(mean(v²) + eps)          s_k = scale · r (q_k · v)
+
+A source is read for its scores once, in the kernel that ends its block. Backward, one sweep too, once all that later reads
+have to say of v and of its scores is there, c_k = scale · r ds_k:
+
+    dv = dv_given + Σ_k c_k q_k − v (r² Σ_k ds_k s_k + r³ dr) / D          dq_k = Σ_tokens c_k v          db = df = dv
+
+All sums over D and over tokens are matrix products of small tiles. A float32 factor of a bfloat16 tile is a sum of bfloat16
+*terms*, made beforehand: three keep float32's precision, two are enough where the product is rounded to bfloat16, one where the
+factor is bfloat16 itself. The query gradient is summed in a fixed order: each program sums its share of the tokens, then the
+shares are added.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fathom.depth_attention import compute_dtype
+from fathom.kernels.tiles import (
+    accumulator,
+    is_aligned,
+    padded,
+    pick,
+    pick_stride,
+    pointers,
+    power_of_two,
+    statistic,
+    strides_of,
+)
+
+SCORE_TOKENS, SCORE_COLUMNS, SCORE_WARPS = 64, 128, 4
+"""Tile of a source in ``_scores``, and the warps that share it."""
+MOST_QUERIES, MOST_QUERIES_WIDE = 64, 16
+"""Queries of one program, of bfloat16 terms and of wider ones; more are taken by more programs."""
+COEFFICIENT_TOKENS = 128
+"""Tokens of one program of ``_coefficients``."""
+GRADIENT_TOKENS, GRADIENT_COLUMNS, GRADIENT_WARPS, GRADIENT_SHARES = 64, 64, 4, 32
+"""Tokens and columns of one step of ``_gradients``, its warps, and into how many shares all tokens are cut."""
+
+
+@triton.jit
+def _terms(wide, terms, size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """``wide`` as a sum of COUNT bfloat16 tensors."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rest = tl.load(wide + at, at < size, other=0).to(tl.float32)
+    for i in tl.static_range(COUNT):
+        term = rest.to(tl.bfloat16)
+        tl.store(terms + i * size + at, term, at < size)
+        rest -= term.to(tl.float32)
+
+
+@triton.jit
+def _dot(a, b, total, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + a @ b``, of two bfloat16 tiles under ``SPLIT``, else in the dtype and the precision of ``total``."""
+    if SPLIT:
+        return tl.dot(a, b, total)
+    return total + tl.dot(a.to(total.dtype), b.to(total.dtype), input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def _scores(
+    sources, strides, partial, total, queries, scores, rstds, num_tokens, num_queries, dim, eps, scale,
+    PARTIAL: tl.constexpr, N: tl.constexpr, K_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    TERMS: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores [K, tokens] and reciprocal norms [tokens] of source ``program_id(1)``, which is summed first if ``PARTIAL``."""
+    element: tl.constexpr = sources[0].dtype.element_ty
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tl.program_id(1)
+    is_first = tl.program_id(2) == 0
+    k, d = tl.program_id(2) * K_PAD + tl.arange(0, K_PAD), tl.arange(0, BLOCK_D)
+    here, asked = t < num_tokens, k < num_queries
+    source = pick(sources, n, N, ALIGNED)[:, None] + t[:, None] * pick_stride(strides, n, N)
+    dots = tl.zeros([K_PAD, BLOCK_T], ACC)
+    square = tl.zeros([BLOCK_T], ACC)
+    for start in range(0, dim, BLOCK_D):
+        column = start + d
+        mask = here[:, None] & (column < dim)[None, :]
+        v = tl.load(source + column[None, :], mask, other=0)
+        if PARTIAL:
+            at = t[:, None] * dim + column[None, :]
+            v = (v.to(ACC) + tl.load(partial + at, mask, other=0).to(ACC)).to(element)
+            tl.store(total + at, v, mask & is_first)
+        # Each step's product apart: tensor cores add a long chain with less than float32's precision, and Triton 3.6 runs a chain
+        # ahead of the loads that refill its tiles. The factor keeps the compiler from making one of the sum.
+        step = tl.zeros([K_PAD, BLOCK_T], ACC)
+        for i in tl.static_range(TERMS):
+            row = ((TERMS - 1 - i) * num_queries + k)[:, None] * dim  # the smallest first
+            q = tl.load(queries + row + column[None, :], asked[:, None] & (column < dim)[None, :], other=0)
+            step = _dot(q, tl.trans(v), step, SPLIT, PRECISION)
+        dots += step * scale
+        square += tl.sum(v.to(ACC) * v.to(ACC), 1)
+    r = 1 / tl.sqrt(tl.where(here, square / dim + eps, 1))
+    tl.store(pick(rstds, n, N, False) + t, r, here & is_first)
+    at = k[:, None].to(tl.int64) * num_tokens + t[None, :]
+    tl.store(pick(scores, n, N, False)[:, None] + at, dots * r[None, :], asked[:, None] & here[None, :])
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def _coefficients(
+    scores, rstds, dscores, drstds, terms, own, num_tokens, num_queries, dim,
+    N: tl.constexpr, K_PAD: tl.constexpr, COUNT: tl.constexpr, BLOCK_T: tl.constexpr, DRSTD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """c / scale of source ``program_id(1)`` as COUNT terms [N, COUNT, K, tokens], and the factor of v in dv, [N, tokens]."""
+    element: tl.constexpr = terms.dtype.element_ty
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tl.program_id(1)
+    here = t < num_tokens
+    r = tl.load(pick(rstds, n, N, False) + t, here, other=0)
+    shrink = tl.zeros([BLOCK_T], ACC)
+    if DRSTD:
+        shrink += tl.load(pick(drstds, n, N, False) + t, here, other=0) * r
+    for start in range(0, num_queries, K_PAD):
+        k = start + tl.arange(0, K_PAD)
+        at, live = k[:, None].to(tl.int64) * num_tokens + t[None, :], (k < num_queries)[:, None] & here[None, :]
+        ds = tl.load(pick(dscores, n, N, False)[:, None] + at, live, other=0)
+        shrink += tl.sum(ds * tl.load(pick(scores, n, N, False)[:, None] + at, live, other=0), 0)
+        rest = ds * r[None, :]
+        for i in tl.static_range(COUNT):
+            term = rest.to(element)
+            tl.store(terms + (n * COUNT + i).to(tl.int64) * num_queries * num_tokens + at, term, live)
+            rest -= term.to(ACC)
+    tl.store(own + n.to(tl.int64) * num_tokens + t, shrink * r * r / dim, here)
+
+
+@triton.jit(do_not_specialize=["num_sources", "num_queries", "first"])
+def _gradients(
+    sources, strides, given, queries, terms, own, dsources, dqueries, first, num_sources, num_tokens, num_queries, dim,
+    tokens_each, scale, GIVEN: tl.constexpr, OWN: tl.constexpr, N: tl.constexpr, K_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr, TERMS: tl.constexpr, COUNT: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk of columns of ``tokens_each`` tokens: the gradient of each source, and a share of that of the queries."""
+    element: tl.constexpr = dsources[0].dtype.element_ty
+    share = tl.program_id(1)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = first + tl.arange(0, K_PAD)
+    asked, inside = k < num_queries, d < dim
+    kept = asked[:, None] & inside[None, :]
+    total = tl.zeros([K_PAD, BLOCK_D], ACC)
+    q = tl.load(queries + k[:, None] * dim + d[None, :], kept, other=0)
+    if TERMS > 1:
+        q_rest = tl.load(queries + (num_queries + k)[:, None] * dim + d[None, :], kept, other=0)
+    begin = share.to(tl.int64) * tokens_each
+    for start in range(0, tokens_each, BLOCK_T):
+        t = begin + start + tl.arange(0, BLOCK_T)
+        here = t < num_tokens
+        mask, live = here[:, None] & inside[None, :], asked[:, None] & here[None, :]
+        at = t[:, None] * dim + d[None, :]
+        # With a single source the loop over tokens is the innermost, whose loads run ahead.
+        for n in range(num_sources if N > 1 else 1):
+            source = pick(sources, n, N, ALIGNED)[:, None] + t[:, None] * pick_stride(strides, n, N)
+            v = tl.load(source + d[None, :], mask, other=0)
+            dv = tl.zeros([BLOCK_T, BLOCK_D], ACC)
+            step = tl.zeros([K_PAD, BLOCK_D], ACC)
+            for i in tl.static_range(COUNT):
+                row = ((n * COUNT + COUNT - 1 - i) * num_queries + k)[:, None].to(
+                    tl.int64
+                ) * num_tokens  # the smallest first
+                c = tl.load(terms + row + t[None, :], live, other=0)
+                step = _dot(c, v, step, SPLIT, PRECISION)
+                if i >= COUNT - 2:
+                    dv = _dot(tl.trans(c), q, dv, SPLIT, PRECISION)
+                if i == COUNT - 1 and TERMS > 1:
+                    dv = _dot(tl.trans(c), q_rest, dv, SPLIT, PRECISION)
+            total += step * scale  # apart, as in ``_scores``
+            dv *= scale
+            if OWN:
+                dv -= tl.load(own + n * num_tokens + t, here, other=0)[:, None] * v.to(ACC)
+            if GIVEN:
+                dv += tl.load(pick(given, n, N, ALIGNED)[:, None] + at, mask, other=0).to(ACC)
+            tl.store(pick(dsources, n, N, ALIGNED)[:, None] + at, dv.to(element), mask)
+    out = dqueries + (share * num_queries + k)[:, None].to(tl.int64) * dim + d[None, :]
+    tl.store(out, total, kept)
+
+
+def _products(first: Tensor, queries: Tensor) -> dict[str, Any]:
+    """How matrix products are computed: in bfloat16 terms, or in the precision that the dtype needs."""
+    # The interpreter's bfloat16 arithmetic is wrong, so there bfloat16 is not split.
+    split = first.dtype == torch.bfloat16 and first.device.type == "cuda"
+    return {
+        "SPLIT": split, "PRECISION": "tf32x3" if first.dtype in (torch.float16, torch.bfloat16) else "ieee",
+        "TERMS": 3 if split and queries.dtype != torch.bfloat16 else 1, "ACC": accumulator(first),
+    }  # fmt: skip
+
+
+def _query_terms(queries: Tensor, products: dict[str, Any]) -> Tensor:
+    """[terms, K, D]."""
+    if products["TERMS"] == 1:
+        return queries if products["SPLIT"] else queries.to(compute_dtype(queries))
+    terms = queries.new_empty(products["TERMS"], *queries.shape, dtype=torch.bfloat16)
+    _terms[(triton.cdiv(queries.numel(), 1024),)](queries, terms, queries.numel(), COUNT=products["TERMS"], BLOCK=1024)
+    return terms
+
+
+def _query_tile(num_queries: int, products: dict[str, Any]) -> int:
+    return min(MOST_QUERIES if products["SPLIT"] else MOST_QUERIES_WIDE, power_of_two(num_queries, 16))
+
+
+def scores_of(
+    sources: list[Tensor], queries: Tensor, eps: float, scale: float, partial: Tensor | None = None
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Launch ``_scores``: the sum (with ``partial``, of a single source), scores [K, tokens] and reciprocal norms [tokens]."""
+    first, (num_queries, dim), num_sources = sources[0], queries.shape, len(sources)
+    num_tokens = first.shape[0]
+    total = first.new_empty(num_tokens, dim) if partial is not None else None
+    scores = [statistic(first, num_queries, num_tokens) for _ in sources]
+    rstds = [statistic(first, num_tokens) for _ in sources]
+    products = _products(first, queries)
+    block_k = _query_tile(num_queries, products)
+    # What is on the way to a multiprocessor, rows and queries, must fit its shared memory.
+    columns = SCORE_COLUMNS if products["SPLIT"] and block_k * products["TERMS"] < 128 else min(SCORE_COLUMNS, 64)
+    _scores[(triton.cdiv(num_tokens, SCORE_TOKENS), num_sources, triton.cdiv(num_queries, block_k))](
+        pointers(sources), strides_of(sources), partial, total, _query_terms(queries, products), pointers(scores),
+        pointers(rstds), num_tokens, num_queries, dim, eps, scale, PARTIAL=partial is not None, N=padded(num_sources),
+        K_PAD=block_k, BLOCK_T=SCORE_TOKENS, BLOCK_D=min(columns, power_of_two(dim, 16)), ALIGNED=is_aligned(*sources),
+        num_warps=SCORE_WARPS, **products,
+    )  # fmt: skip
+    return total, scores, rstds
+
+
+def gradients_of(
+    sources: list[Tensor], queries: Tensor, scores: list[Tensor], rstds: list[Tensor], dscores: list[Tensor],
+    drstds: list[Tensor], given: list[Tensor] | None, dsources: list[Tensor], scale: float,
+) -> Tensor:  # fmt: skip
+    """Launch ``_gradients``: write those of the sources, with ``given`` added; return that of the queries [K, D]."""
+    first, (num_queries, dim), num_sources = sources[0], queries.shape, len(sources)
+    num_tokens = first.shape[0]
+    products = _products(first, queries)
+    count = 1 if not products["SPLIT"] else 3 if products["TERMS"] > 1 else 2
+    kind = torch.bfloat16 if products["SPLIT"] else compute_dtype(first)
+    terms = first.new_empty(num_sources, count, num_queries, num_tokens, dtype=kind)
+    own = statistic(first, num_sources, num_tokens)
+    _coefficients[(triton.cdiv(num_tokens, COEFFICIENT_TOKENS), num_sources)](
+        pointers(scores), pointers(rstds), pointers(dscores), pointers(drstds or None), terms, own, num_tokens, num_queries,
+        dim, N=padded(num_sources), K_PAD=16, COUNT=count, BLOCK_T=COEFFICIENT_TOKENS, DRSTD=bool(drstds),
+        ACC=products["ACC"],
+    )  # fmt: skip
+    block_d = min(GRADIENT_COLUMNS, power_of_two(dim, 16))
+    num_shares = max(1, min(triton.cdiv(num_tokens, GRADIENT_TOKENS), GRADIENT_SHARES))
+    tokens_each = triton.cdiv(triton.cdiv(num_tokens, num_shares), GRADIENT_TOKENS) * GRADIENT_TOKENS
+    dqueries = statistic(first, num_shares, num_queries, dim)
+    block_k, query_terms = _query_tile(num_queries, products), _query_terms(queries, products)
+    # Several chunks of queries add to a source's gradient one after the other; only the whole is rounded.
+    is_one = num_queries <= block_k
+    found = dsources if is_one else [statistic(first, num_tokens, dim) for _ in sources]
+    for start in range(0, num_queries, block_k):
+        so_far = given if start == 0 else found
+        _gradients[(triton.cdiv(dim, block_d), num_shares)](
+            pointers(sources), strides_of(sources), pointers(so_far), query_terms, terms, own, pointers(found), dqueries, start,
+            num_sources, num_tokens, num_queries, dim, tokens_each, scale, GIVEN=so_far is not None, OWN=start == 0,
+            N=padded(num_sources), K_PAD=block_k, BLOCK_T=GRADIENT_TOKENS, BLOCK_D=block_d, COUNT=count,
+            ALIGNED=is_aligned(*sources, *found, *(given or ())), num_warps=GRADIENT_WARPS, **products,
+        )  # fmt: skip
+    if not is_one:
+        for target, wide in zip(dsources, found, strict=True):
+            target.copy_(wide)
+    return dqueries.sum(0)
+
+
+@torch.library.custom_op("fathom::score", mutates_args=())
+def score_op(partial: Tensor | None, output: Tensor, queries: Tensor, eps: float, scale: float) -> list[Tensor]:
+    """The sum of a block and its last output [tokens, D] (with ``partial``), its scores [K, tokens] by folded queries [K, D],
+    and its reciprocal norms [tokens]."""
+    total, scores, rstds = scores_of([output], queries, eps, scale, partial)
+    return [*scores, *rstds] if total is None else [total, *scores, *rstds]
+
+
+@score_op.register_fake
+def _(partial, output, queries, eps, scale):
+    num_tokens = output.shape[0]
+    found = [statistic(output, queries.shape[0], num_tokens), statistic(output, num_tokens)]
+    return found if partial is None else [output.new_empty(output.shape), *found]
+
+
+@torch.library.custom_op("fathom::score_backward", mutates_args=())
+def score_backward(
+    source: Tensor, queries: Tensor, scores: Tensor, rstd: Tensor, dscores: Tensor, dsource: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the source [tokens, D], ``dsource`` added, and of the queries [K, D]."""
+    given = None if dsource is None else [dsource]
+    found = source.new_empty(source.shape)
+    return found, gradients_of([source], queries, [scores], [rstd], [dscores], [], given, [found], scale)
+
+
+@score_backward.register_fake
+def _(source, queries, scores, rstd, dscores, dsource, scale):
+    return source.new_empty(source.shape), scores.new_empty(queries.shape)
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, partial: Tensor | None, output: Tensor, queries: Tensor, eps: float, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        *total, scores, rstd = score_op(partial, output, queries, eps, scale)
+        source = total[0] if total else output
+        ctx.is_sum, ctx.scale = partial is not None, scale
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(source, queries, scores, rstd)
+        return source, scores
+
+    @staticmethod
+    def backward(ctx: Any, dsource: Tensor | None, dscores: Tensor | None) -> tuple[Tensor | None, ...]:
+        source, queries, scores, rstd = ctx.saved_tensors
+        dqueries = None
+        if dscores is not None:
+            given = None if dsource is None else dsource.contiguous()
+            dsource, dqueries = score_backward(source, queries, scores, rstd, dscores.contiguous(), given, ctx.scale)
+            dqueries = dqueries.to(queries.dtype)
+        return dsource if ctx.is_sum else None, dsource, dqueries, None, None
+
+
+def score(partial: Tensor | None, output: Tensor, queries: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor]:
+    """``partial + output`` or ``output`` [tokens, D], and its scores [K, tokens] by folded queries [K, D]."""
+    found: tuple[Tensor, Tensor] = _Score.apply(partial, output, queries, eps, scale)
+    return found
