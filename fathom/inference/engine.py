@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from fathom.block import BlockAttnRes
 from fathom.errors import UserError
 from fathom.full import FullAttnRes
+from fathom.inference.blocks import FusedBlocks
 from fathom.inference.cache import KVCache, Window
 from fathom.inference.graphs import DecodeGraphs
 from fathom.inference.kimi import KimiCache
 from fathom.inference.load import check_tokenizer, load_run
 from fathom.inference.prenorm import FusedPreNorm
 from fathom.inference.sharded import Shards, shard
+from fathom.kernels import backend_for
 from fathom.models.kimi_config import KimiConfig
 from fathom.models.layers import Attention, Context, RMSNorm
 from fathom.models.moe import Experts
@@ -235,6 +237,10 @@ def prepare(model: Transformer, dtype: torch.dtype) -> None:
         # Once, and not at every block of every step.
         stream.query.mul_(stream.key_gain)
         stream.key_gain = None
+    # Exact types: an ablation of AttnRes is a subclass whose reads are others.
+    fused = backend_for(model.embedding.weight.device, dtype) == "triton"
+    if (type(stream) is BlockAttnRes and stream.schedule == "two_phase") or (type(stream) is FullAttnRes and fused):
+        model.stream = FusedBlocks(stream)
 
 
 def _sublayer_modules(model: Transformer) -> Iterator[nn.Module]:

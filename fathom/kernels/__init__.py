@@ -2,6 +2,7 @@
 
     score         the sum that ends a block, and its scores for all later reads       two_phase.py | scores.py
     mix           every read of a block over its finished sources, from their scores  two_phase.py | mixes.py
+    turn          ``score``, then ``mix``, where a block ends and the next begins     the two      | turns.py, for a few tokens
     update_read   residual add, intra-block merge and the next norm                   two_phase.py | update.py
     inter_block   ``mix`` of sources that have no scores yet                          two_phase.py | inter.py
     read          one site over all its sources                                       two_phase.py | inter.py
@@ -27,6 +28,9 @@ from fathom.errors import UserError
 
 Backend = Literal["auto", "reference", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "triton")
+
+FEW_TOKENS = 256
+"""So many do not keep a GPU busy with programs that go through many of them."""
 
 _chosen: Backend | None = None
 _has_triton = importlib.util.find_spec("triton") is not None  # looked up here, because torch.compile cannot
@@ -147,6 +151,48 @@ def mix(
     if norm_weight is not None:
         outs[0] = _norm(outs[0], norm_weight, norm_eps)
     return outs, lses, sources
+
+
+def turn(
+    partial: Float[Tensor, "*batch D"] | None,
+    output: Float[Tensor, "*batch D"],
+    bank: Sequence[Float[Tensor, "*batch D"]],
+    scores: Sequence[Float[Tensor, "K *batch"]],
+    queries: Float[Tensor, "K D"],
+    num_reads: int,
+    *,
+    eps: float = EPS,
+    norm_weight: Float[Tensor, "D"] | None = None,
+    norm_eps: float = EPS,
+) -> tuple[
+    Float[Tensor, "*batch D"],
+    Float[Tensor, "K *batch"],
+    Sequence[Float[Tensor, "*batch D"]],
+    Sequence[Float[Tensor, "*batch"]],
+]:
+    """``partial + output`` joins the bank as its last source, and the first ``num_reads`` of K reads over it are made.
+
+    Returns the source and its scores as ``score`` does, then the reads and their lse as ``mix`` does. Where no gradient is
+    wanted and the tokens are few, one kernel does it all.
+    """
+    few = output.shape[:-1].numel() <= FEW_TOKENS and not torch.is_grad_enabled()
+    if not few or backend_for(output.device, output.dtype) != "triton":
+        source, own = score(partial, output, queries, eps=eps)
+        now = [each[:num_reads] for each in (*scores, own)]
+        outs, lses, _ = mix([*bank, source], now, norm_weight=norm_weight, norm_eps=norm_eps)
+        return source, own, outs, lses
+    from fathom.kernels import turns as kernel
+    from fathom.kernels.tiles import as_rows
+
+    shape = tuple(output.shape)
+    flat = [each.reshape(len(each), -1).contiguous() for each in scores]
+    before = None if partial is None else as_rows(partial).contiguous()
+    source, own, rows, lse = kernel.turn(
+        before, as_rows(output).contiguous(), [as_rows(each) for each in bank], flat, queries.contiguous(), num_reads,
+        norm_weight, eps, norm_eps,
+    )  # fmt: skip
+    outs, lses = [row.view(shape) for row in rows], [row.view(shape[:-1]) for row in lse.unbind(0)]
+    return source.view(shape), own.view(-1, *shape[:-1]), outs, lses
 
 
 def inter_block(
