@@ -5,7 +5,7 @@
 
 prenorm        the engine of a PreNorm model, add and norm in one kernel
 block          the engine of Block AttnRes, two-phase
-full           the engine of Full AttnRes; only where --arms names it, because its kernels take minutes to compile
+full           the engine of Full AttnRes
 single-pass    Block AttnRes, one fused read over all sources at every site
 naive          Block AttnRes, one site at a time by the equations in plain PyTorch
 fla            Block AttnRes, one site at a time by flash-linear-attention's fused read (see peers.py)
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tiny", action="store_true", help="shapes and lengths that a CPU runs in moments")
     parser.add_argument("--shapes", nargs="+", default=["d2048", "d2304"])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[name for name in ARMS if name != "full"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=32, help="decode steps of one turn")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case later than this")

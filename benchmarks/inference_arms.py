@@ -17,10 +17,8 @@ import torch
 from arms import AddNorm, ListAttnRes, Unavailable, plain_read
 from torch import Tensor
 
-from fathom.full import FullState
 from fathom.inference.cache import KVCache
-from fathom.inference.engine import Engine
-from fathom.inference.prenorm import FusedPreNorm
+from fathom.inference.engine import Engine, served
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.layers import RMSNorm
 from fathom.models.transformer import Transformer
@@ -157,37 +155,31 @@ def engines(
     return made
 
 
-Job = tuple[Shape, str, int, int | None]
-"""An arm's kernels for a number of tokens: of all its sites, or of one."""
+Job = tuple[Shape, str, int]
+"""An arm's kernels for a number of tokens."""
 
 
 def jobs(names: Iterable[str], shape: Shape) -> list[Job]:
-    sites = range(shape.config.num_sublayers + 1)
-    # A kernel is compiled apart for one token, and otherwise for multiples of sixteen.
+    # A kernel is compiled apart for one token, and otherwise for multiples of sixteen; a few tokens take kernels of their own.
     found: list[Job] = [
-        (shape, name, tokens, site)
+        (shape, name, tokens)
         for name in names
         if name != "naive"
-        for site in (sites if name == "full" else (None,))
-        for tokens in ((16,) if name == "fla" else (16, 1))
+        for tokens in ((16,) if name == "fla" else (512, 16, 1))
     ]
     # The long ones first: flash-linear-attention compiles 48 to choose two.
-    return sorted(found, key=lambda job: ("fla", "block", "single-pass", "prenorm", "full").index(job[1]))
+    return sorted(found, key=lambda job: ("fla", "full", "block", "single-pass", "prenorm").index(job[1]))
 
 
 @torch.inference_mode()
 def compile_kernels(job: Job, device: torch.device) -> None:
     """Run a stream without sublayers, in a process of its own: Triton writes what it compiles to its cache on disk."""
-    shape, name, tokens, site = job
+    shape, name, tokens = job
     # flash-linear-attention must not keep what it times here, among other processes and on few tokens.
     os.environ["FLA_CACHE_RESULTS"] = "0"
-    fused = FusedPreNorm(shape.config.num_sublayers, shape.config.dim)
-    found = fused if name == "prenorm" else stream(name, shape, device)
+    found = served(stream(name, shape, device), torch.bfloat16)
     x = torch.randn(tokens, 1, shape.config.dim, dtype=torch.bfloat16, device=device)
     norm = RMSNorm(shape.config.dim, shape.config.norm_eps).to(x)
-    if site is not None:
-        found.finish(FullState((x,) * (site + 1), (), ()), norm)
-        return
     state = found.start(x)
     for each in range(shape.config.num_sublayers):
         x, state = found.read(state, each, norm)

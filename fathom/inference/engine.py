@@ -32,7 +32,7 @@ from fathom.models.kimi_config import KimiConfig
 from fathom.models.layers import Attention, Context, RMSNorm
 from fathom.models.moe import Experts
 from fathom.models.transformer import Observe, Transformer
-from fathom.stream import PreNorm
+from fathom.stream import PreNorm, Stream
 
 
 class Engine:
@@ -230,17 +230,25 @@ def prepare(model: Transformer, dtype: torch.dtype) -> None:
     else:
         for module in _sublayer_modules(model):
             module.to(dtype)
-    stream = model.stream
+    model.stream = served(model.stream, dtype)
+
+
+@torch.no_grad()
+def served(stream: Stream, dtype: torch.dtype) -> Stream:
+    """``stream`` in the form that reads activations of ``dtype`` fastest; any other than these as it is."""
     if type(stream) is PreNorm:
-        model.stream = FusedPreNorm(stream.num_sublayers, stream.dim)
-    elif isinstance(stream, BlockAttnRes | FullAttnRes) and stream.key_gain is not None:
-        # Once, and not at every block of every step.
+        return FusedPreNorm(stream.num_sublayers, stream.dim)
+    if not isinstance(stream, BlockAttnRes | FullAttnRes):
+        return stream
+    if stream.key_gain is not None:  # once, and not at every block of every step
         stream.query.mul_(stream.key_gain)
         stream.key_gain = None
     # Exact types: an ablation of AttnRes is a subclass whose reads are others.
-    fused = backend_for(model.embedding.weight.device, dtype) == "triton"
-    if (type(stream) is BlockAttnRes and stream.schedule == "two_phase") or (type(stream) is FullAttnRes and fused):
-        model.stream = FusedBlocks(stream)
+    if type(stream) is BlockAttnRes and stream.schedule == "two_phase":
+        return FusedBlocks(stream)
+    if type(stream) is FullAttnRes and backend_for(stream.query.device, dtype) == "triton":
+        return FusedBlocks(stream)
+    return stream
 
 
 def _sublayer_modules(model: Transformer) -> Iterator[nn.Module]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fathom.block import block_starts
+from fathom.block import BlockState, block_starts
 from fathom.errors import UserError
 from fathom.full import default_chunk
 from fathom.inference.prenorm import PendingState
@@ -158,4 +158,6 @@ def _sources(state: Any) -> Any:
     """What a state carries of depth: the bank or the sources, or all of it where a rule has none."""
     if isinstance(state, PendingState):
         return state.hidden
+    if isinstance(state, BlockState) and state.ahead is not None and state.pending is not None and not state.out:
+        return (*state.bank, state.pending)  # a block that has ended, and joins the bank with the next read
     return getattr(state, "bank", getattr(state, "sources", state))

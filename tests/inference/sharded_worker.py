@@ -33,7 +33,7 @@ def main() -> None:
 
         def observe(site: int, state: object, output: object, bank: list[int] = bank) -> None:
             if output is None and hasattr(state, "bank"):
-                bank.append(sum(source.nbytes for source in state.bank))
+                bank.append(sum(source.nbytes for source in (*state.bank, state.pending)))
 
         engine.prefill(PROMPTS, observe=observe)
         entry["bank"] = bank
