@@ -65,9 +65,8 @@ def test_the_served_stream_is_the_trained_one(stream: BlockAttnRes | FullAttnRes
     stream = stream.double().to(device)
     torch.nn.init.normal_(stream.query)
     found = []
-    for each in (stream, FusedBlocks(stream)):
-        launched.clear()
-        with torch.no_grad(), use_backend("triton"):
+    for each, backend in ((stream, "reference"), (FusedBlocks(stream), "triton")):
+        with torch.no_grad(), use_backend(backend):  # type: ignore[arg-type]
             state = each.start(torch.arange(32.0, dtype=torch.float64, device=device).view(2, 1, 16) / 16)
             for site in range(stream.num_sublayers):
                 found.append(each.weights(state, site))
