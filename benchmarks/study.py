@@ -9,6 +9,7 @@
 Stages, each a sweep of fathom/lab in OUT/<stage>, in this order:
 
     rates    PreNorm alone at the smallest size, two seeds: AdamW and Muon, with rates for matrices, embedding and head
+    edges    PreNorm alone, likewise: beyond the grid of these rates, from its best, which was at its edge
     factors  PreNorm alone at the second size, two seeds: the best of these rates, all times a factor
     sizes    PreNorm, Block (N = 8, its default) and Full at four sizes, three seeds
     rows     Table 4's rows of arXiv 2603.15031 at the second size, three seeds that all rows share
@@ -49,7 +50,7 @@ from fathom.train.data import Manifest
 from fathom.train.environment import machine, pick_device
 from fathom.train.loop import Interrupted, data_folder
 
-STAGES = ("rates", "factors", "sizes", "rows", "shapes")
+STAGES = ("rates", "edges", "factors", "sizes", "rows", "shapes")
 ARMS = {"prenorm": "prenorm", "block": "block", "full": "full"}
 BUDGET = 7200.0
 
@@ -64,6 +65,8 @@ class Scale:
     """Rates that are tried of matrices, embedding and head, the matrices' under Muon; vectors take the head's."""
     adamw: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
     """Likewise, all under AdamW."""
+    edges: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    """Factors of the best of these, of matrices, embedding and head."""
     factors: tuple[float, ...]
     context: int
     batch: int
@@ -81,9 +84,10 @@ SCALES = {
     # 4.5e7 to 3.2e8 FLOPs a token forward and backward, 12 to 33 M tokens: 20 times the compute from first to last.
     "h100": Scale(((8, 192, 3, 732), (12, 256, 4, 1037), (16, 320, 5, 1465), (24, 384, 6, 2014)),
                   ((0.01, 0.02, 0.04), (0.03, 0.1, 0.3), (1e-3, 4e-3)), ((2e-3, 4e-3, 8e-3), (0.03, 0.1), (1e-3, 4e-3)),
-                  (0.5, 0.71, 1.0, 1.41), 512, 32, "bf16", "layers", 9),
+                  ((0.25, 0.5, 1.0), (1.0, 3.0), (1.0, 4.0, 16.0)), (0.5, 0.71, 1.0, 1.41), 512, 32, "bf16", "layers", 9),
     "toy": Scale(((2, 8, 1, 6), (3, 12, 1, 8), (4, 16, 1, 16)), ((0.02,), (0.1,), (4e-3,)), ((8e-3,), (0.1,), (4e-3,)),
-                 (0.5, 1.0), 32, 2, "float32", "none", 2, ("prenorm", "block-s4-heads16"), (0,), (0,)),
+                 ((0.5, 1.0), (1.0,), (1.0,)), (0.5, 1.0), 32, 2, "float32", "none", 2, ("prenorm", "block-s4-heads16"),
+                 (0,), (0,)),
 }  # fmt: skip
 
 
@@ -101,15 +105,28 @@ def run_config(scale: Scale, data: str, size: int, arm: str, optim: OptimConfig,
     return replace(config, model=replace(config.model, vocab_size=vocab_size))
 
 
+def setting(name: str, matrix: float, embedding: float, head: float) -> tuple[str, OptimConfig]:
+    """The optimizer ``name`` with its tuned rates, and what this setting is called."""
+    rates = {"muon_lr": matrix, "lr": head} if name == "muon" else {"lr": matrix}
+    optim = OptimConfig(optimizer=name, embedding_lr=embedding, head_lr=head, **rates)  # type: ignore[arg-type]
+    return f"{name}-{matrix:g}-{embedding:g}-{head:g}", optim
+
+
 def candidates(scale: Scale) -> dict[str, OptimConfig]:
-    """Every setting of the optimizer that is tried, by name."""
+    """Every setting of the optimizer that is tried first, by name."""
+    grids = (("muon", scale.muon), ("adamw", scale.adamw))
+    return dict(setting(name, *each) for name, grid in grids for each in itertools.product(*grid))
+
+
+def beyond(scale: Scale, best: OptimConfig) -> dict[str, OptimConfig]:
+    """Settings beyond the first grid, from its best."""
+    muon = best.optimizer == "muon"
+    at = (best.muon_lr if muon else best.lr, best.embedding_lr, best.head_lr)
     found = {}
-    for name, grid in (("muon", scale.muon), ("adamw", scale.adamw)):
-        for matrix, embedding, head in itertools.product(*grid):
-            rates = {"muon_lr": matrix, "lr": head} if name == "muon" else {"lr": matrix}
-            found[f"{name}-{matrix:g}-{embedding:g}-{head:g}"] = OptimConfig(
-                optimizer=name, embedding_lr=embedding, head_lr=head, **rates  # type: ignore[arg-type]
-            )  # fmt: skip
+    for factors in itertools.product(*scale.edges):
+        name, optim = setting(best.optimizer, *(float(f"{a * f:.3g}") for a, f in zip(at, factors, strict=True)))
+        if factors != (1.0, 1.0, 1.0):
+            found[name] = optim
     return found
 
 
@@ -139,20 +156,24 @@ def carried_factor(first: float, second: float, compute: tuple[float, float], to
     return middle * (to / math.sqrt(compute[0] * compute[1])) ** exponent
 
 
-def rates(out: Path, scale: Scale, data: str) -> list[Planned]:
+def of_prenorm(scale: Scale, data: str, size: int, settings: dict[str, OptimConfig]) -> list[Planned]:
     return [
-        Planned(f"{name}-seed{seed}", name, "prenorm", seed, run_config(scale, data, 0, "prenorm", optim, seed))
-        for name, optim in candidates(scale).items() for seed in scale.tuning_seeds
+        Planned(f"{name}-seed{seed}", name, "prenorm", seed, run_config(scale, data, size, "prenorm", optim, seed))
+        for name, optim in settings.items() for seed in scale.tuning_seeds
     ]  # fmt: skip
+
+
+def rates(out: Path, scale: Scale, data: str) -> list[Planned]:
+    return of_prenorm(scale, data, 0, candidates(scale))
+
+
+def edges(out: Path, scale: Scale, data: str) -> list[Planned]:
+    return of_prenorm(scale, data, 0, beyond(scale, best_of(out, candidates(scale), "rates")))
 
 
 def factors(out: Path, scale: Scale, data: str) -> list[Planned]:
-    best = candidates(scale)[best_candidate(out)]
-    return [
-        Planned(f"x{factor:g}-seed{seed}", f"x{factor:g}", "prenorm", seed,
-                run_config(scale, data, 1, "prenorm", scaled(best, factor), seed))
-        for factor in scale.factors for seed in scale.tuning_seeds
-    ]  # fmt: skip
+    best = best_rates(out, scale)
+    return of_prenorm(scale, data, 1, {f"x{factor:g}": scaled(best, factor) for factor in scale.factors})
 
 
 def mean_losses(out: Path, stage: str) -> dict[str, float]:
@@ -163,14 +184,20 @@ def mean_losses(out: Path, stage: str) -> dict[str, float]:
     return {case: statistics.mean(losses) for case, losses in found.items()}
 
 
-def best_candidate(out: Path) -> str:
-    losses = mean_losses(out, "rates")
-    return min(losses, key=losses.__getitem__)
+def best_of(out: Path, settings: dict[str, OptimConfig], *stages: str) -> OptimConfig:
+    """The setting with the lowest mean loss in ``stages``."""
+    losses = {case: loss for stage in stages for case, loss in mean_losses(out, stage).items()}
+    return settings[min(losses, key=losses.__getitem__)]
+
+
+def best_rates(out: Path, scale: Scale) -> OptimConfig:
+    first = candidates(scale)
+    return best_of(out, first | beyond(scale, best_of(out, first, "rates")), "rates", "edges")
 
 
 def tuned(out: Path, scale: Scale, data: str) -> list[OptimConfig]:
     """The optimizer of every size, from the finished stages ``rates`` and ``factors``."""
-    best = candidates(scale)[best_candidate(out)]
+    best = best_rates(out, scale)
     losses = mean_losses(out, "factors")
     second = best_rate(list(scale.factors), [losses[f"x{factor:g}"] for factor in scale.factors])
     cost = [training_flops(run_config(scale, data, size, "prenorm", best, 0)) for size in range(len(scale.sizes))]
@@ -209,7 +236,7 @@ def depth_width(out: Path, scale: Scale, data: str) -> list[Planned]:
 
 
 MAKE: dict[str, Callable[[Path, Scale, str], list[Planned]]] = {
-    "rates": rates, "factors": factors, "sizes": sizes, "rows": rows, "shapes": depth_width
+    "rates": rates, "edges": edges, "factors": factors, "sizes": sizes, "rows": rows, "shapes": depth_width
 }  # fmt: skip
 
 
@@ -245,9 +272,11 @@ def plan(out: Path, data: str, scale: str) -> None:
     size = SCALES[scale]
     cost = [training_flops(run_config(size, data, at, "prenorm", OptimConfig(), 0)) for at in range(len(size.sizes))]
     seeds, tries = len(size.seeds), len(candidates(size)) * len(size.tuning_seeds)
+    more = (math.prod(map(len, size.edges)) - 1) * len(size.tuning_seeds)
     scales = len(size.factors) * len(size.tuning_seeds)
     counts = {
         "rates": (tries, tries * cost[0]),
+        "edges": (more, more * cost[0]),
         "factors": (scales, scales * cost[1]),
         "sizes": (seeds * len(ARMS) * len(cost), seeds * len(ARMS) * sum(cost)),
         "rows": (seeds * len(size.rows), seeds * len(size.rows) * cost[1]),
@@ -310,7 +339,7 @@ def run(out: Path, minutes: float, workers: int | None, only: tuple[str, ...] = 
                 file.write(json.dumps(row) + "\n")
         every_failure |= failed
         print("".join(f"{name}: {why}\n" for name, why in failed.items()), file=sys.stderr, end="")
-        if left(sweep) > len(failed) or (failed and name in STAGES[:2]):
+        if left(sweep) > len(failed) or (failed and name in STAGES[:3]):
             break
     status(out)
     return 1 if every_failure else 0

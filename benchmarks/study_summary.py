@@ -77,7 +77,7 @@ def summarize(results: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    for stage in ("rates", "factors"):
+    for stage in ("rates", "edges", "factors"):
         cases: dict[str, list[float]] = {}
         for end in _stage(results, stage):
             if end.val_loss is not None:

@@ -29,9 +29,6 @@ from fathom.errors import UserError
 Backend = Literal["auto", "reference", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "triton")
 
-FEW_TOKENS = 256
-"""So many do not keep a GPU busy with programs that go through many of them."""
-
 _chosen: Backend | None = None
 _has_triton = importlib.util.find_spec("triton") is not None  # looked up here, because torch.compile cannot
 
@@ -175,24 +172,24 @@ def turn(
     Returns the source and its scores as ``score`` does, then the reads and their lse as ``mix`` does. Where no gradient is
     wanted and the tokens are few, one kernel does it all.
     """
-    few = output.shape[:-1].numel() <= FEW_TOKENS and not torch.is_grad_enabled()
-    if not few or backend_for(output.device, output.dtype) != "triton":
-        source, own = score(partial, output, queries, eps=eps)
-        now = [each[:num_reads] for each in (*scores, own)]
-        outs, lses, _ = mix([*bank, source], now, norm_weight=norm_weight, norm_eps=norm_eps)
-        return source, own, outs, lses
-    from fathom.kernels import turns as kernel
-    from fathom.kernels.tiles import as_rows
+    if backend_for(output.device, output.dtype) == "triton" and not torch.is_grad_enabled():
+        from fathom.kernels import turns as kernel
+        from fathom.kernels.tiles import FEW_TOKENS, as_rows
 
-    shape = tuple(output.shape)
-    flat = [each.reshape(len(each), -1).contiguous() for each in scores]
-    before = None if partial is None else as_rows(partial).contiguous()
-    source, own, rows, lse = kernel.turn(
-        before, as_rows(output).contiguous(), [as_rows(each) for each in bank], flat, queries.contiguous(), num_reads,
-        norm_weight, eps, norm_eps,
-    )  # fmt: skip
-    outs, lses = [row.view(shape) for row in rows], [row.view(shape[:-1]) for row in lse.unbind(0)]
-    return source.view(shape), own.view(-1, *shape[:-1]), outs, lses
+        shape = tuple(output.shape)
+        if output.shape[:-1].numel() <= FEW_TOKENS:
+            flat = [each.reshape(len(each), -1).contiguous() for each in scores]
+            before = None if partial is None else as_rows(partial).contiguous()
+            source, own, rows, lse = kernel.turn(
+                before, as_rows(output).contiguous(), [as_rows(each) for each in bank], flat, queries.contiguous(),
+                num_reads, norm_weight, eps, norm_eps,
+            )  # fmt: skip
+            reads = [row.view(shape) for row in rows]
+            return source.view(shape), own.view(-1, *shape[:-1]), reads, [row.view(shape[:-1]) for row in lse.unbind(0)]
+    source, own = score(partial, output, queries, eps=eps)
+    now = [each[:num_reads] for each in (*scores, own)]
+    outs, lses, _ = mix([*bank, source], now, norm_weight=norm_weight, norm_eps=norm_eps)
+    return source, own, outs, lses
 
 
 def inter_block(

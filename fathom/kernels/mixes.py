@@ -38,7 +38,7 @@ WARP_COLUMNS = 256
 """Columns of a warp: 8, which are 16 bytes, of each thread."""
 MIX_TOKENS, MIX_WARPS, MIX_ELEMENTS = 2, 4, 16384
 """Tokens of one program of ``_mix``, one after the other, its warps, and the most elements of the sources that it holds."""
-BACKWARD_ELEMENTS, BACKWARD_COLUMNS, BACKWARD_STAGES = 16384, 1024, 3
+BACKWARD_ELEMENTS, BACKWARD_COLUMNS, BACKWARD_STAGES = 16384, 1024, 4
 """Most elements of dout that one program of ``_backward`` holds, most columns, and how many sources' rows it has on the way."""
 SCORE_TOKENS = 32
 """Tokens of one program of ``_score_gradients``."""

@@ -33,7 +33,7 @@ from fathom.kernels.tiles import (
     strides_of,
 )
 
-SCORE_TOKENS, SCORE_COLUMNS, SCORE_WARPS = 64, 128, 4
+SCORE_TOKENS, SCORE_COLUMNS, SCORE_WARPS = 64, 64, 4
 """Tile of a source in ``_scores``, and the warps that share it."""
 MOST_QUERIES, MOST_QUERIES_WIDE = 64, 16
 """Queries of one program, of bfloat16 terms and of wider ones; more are taken by more programs."""

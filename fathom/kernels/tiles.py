@@ -110,3 +110,12 @@ def multiprocessors(device: torch.device) -> int:
 def warps(elements: int) -> int:
     """Warps for a tile: 64 elements a thread, between 1 and 16 of them."""
     return max(1, min(16, elements // 2048))
+
+
+FEW_TOKENS = 256
+"""So many do not keep a GPU busy with programs that take several each: what counts is how long one of them takes."""
+
+
+def few_warps(columns: int) -> int:
+    """Warps of a program for a single row: 8 columns, which are 16 bytes, a thread."""
+    return max(1, min(16, columns // 256))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fathom.kernels.tiles import (
     accumulator,
+    few_warps,
     is_aligned,
     padded,
     pick,
@@ -25,8 +26,8 @@ from fathom.kernels.tiles import (
     strides_of,
 )
 
-ELEMENTS, WARP_COLUMNS = 16384, 256
-"""Most elements of earlier sources that one program loads at a time, and columns of one of its warps."""
+ELEMENTS = 16384
+"""Most elements of earlier sources that one program loads at a time."""
 
 
 @triton.jit(do_not_specialize=["num_sources"])
@@ -44,6 +45,8 @@ def _turn(
     if PARTIAL:
         v = (v + tl.load(partial + t * dim + d, inside, other=0).to(ACC)).to(element).to(ACC)
     q = tl.load(queries + k * dim + d, inside, other=0).to(ACC)
+    if NORM:
+        w = tl.load(norm_weight + d, inside, other=0).to(ACC)
     h, top, mass = tl.zeros([BLOCK_D], ACC), tl.full([], float("-inf"), ACC), tl.full([], 0, ACC)
     if k < S:  # the earlier sources first: their rows come while those above are waited for
         for start in range(0, num_sources, AT_ONCE):
@@ -57,8 +60,9 @@ def _turn(
             h = h * shrink + tl.sum(p[:, None] * rows, 0)
             mass = mass * shrink + tl.sum(p, 0)
             top = higher
-    r = 1 / tl.sqrt(tl.sum(v * v, 0) / dim + eps)
-    score = tl.sum(v * q, 0) * r
+    square, dot = tl.split(tl.sum(tl.trans(tl.join(v * v, v * q)), 1))
+    r = 1 / tl.sqrt(square / dim + eps)
+    score = dot * r
     tl.store(scores + k * num_tokens + t, score)
     if PARTIAL:
         tl.store(total + t * dim + d, v.to(element), inside & (k == 0))
@@ -70,7 +74,6 @@ def _turn(
         tl.store(lse + k * num_tokens + t, higher + tl.log(mass))
         if NORM:  # noqa: SIM102 (Triton knows it beforehand, and k only later)
             if k == 0:
-                w = tl.load(norm_weight + d, inside, other=0).to(ACC)
                 h = h * w / tl.sqrt(tl.sum(h * h, 0) / dim + norm_eps)
         tl.store(pick(outs, k, S, ALIGNED) + t * dim + d, h.to(element), inside)
 
@@ -94,6 +97,6 @@ def turn(
         tuple(outs), lse, num_sources, num_tokens, dim, eps, norm_eps, PARTIAL=partial is not None, N=count,
         AT_ONCE=max(1, min(8, ELEMENTS // block_d, power_of_two(max(1, count)))), S=num_reads, NORM=norm_weight is not None,
         BLOCK_D=block_d, ALIGNED=is_aligned(output, *sources, *outs), ACC=accumulator(output), BYTES=output.element_size(),
-        ACC_BYTES=scores.element_size(), num_warps=max(1, min(16, block_d // WARP_COLUMNS)),
+        ACC_BYTES=scores.element_size(), num_warps=few_warps(block_d),
     )  # fmt: skip
     return total, scores, outs, lse

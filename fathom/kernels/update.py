@@ -23,14 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fathom.kernels.tiles import accumulator, multiprocessors, power_of_two, statistic, warps
+from fathom.kernels.tiles import FEW_TOKENS, accumulator, few_warps, multiprocessors, power_of_two, statistic, warps
 
 
 @triton.jit
 def _forward(
     partial, output, inter, lse, query, norm_weight, total, x, mix_out, stats, num_tokens, dim, eps, norm_eps,
     PARTIAL: tl.constexpr, INTER: tl.constexpr, NORM: tl.constexpr, MIX: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, FEW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
@@ -43,22 +43,35 @@ def _forward(
         tl.store(total + at, summed, mask)
         b = summed.to(ACC)
     h = b
+    if NORM and FEW:  # all loads are on the way before anything waits for one
+        w = tl.load(norm_weight + d, inside, other=0).to(ACC)
     if INTER:
         o = tl.load(inter + at, mask, other=0).to(ACC)
         q = tl.load(query + d, inside, other=0).to(ACC)
-        r = 1 / tl.sqrt(tl.where(here, tl.sum(b * b, 1) / dim + eps, 1))
-        s = tl.sum(b * q[None, :], 1) * r
-        a = 1 / (1 + tl.exp(tl.load(lse + t, here, other=0) - s))
+        before = tl.load(lse + t, here, other=0)
+        if FEW:  # one exchange between the warps instead of two
+            square, dot = tl.split(tl.sum(tl.permute(tl.join(b * b, b * q[None, :]), 0, 2, 1), 2))
+        else:
+            square, dot = tl.sum(b * b, 1), tl.sum(b * q[None, :], 1)
+        r = 1 / tl.sqrt(tl.where(here, square / dim + eps, 1))
+        s = dot * r
+        a = 1 / (1 + tl.exp(before - s))
         h = o + a[:, None] * (b - o)
         tl.store(stats + t, r, here)
         tl.store(stats + num_tokens + t, s, here)
+    else:
+        tl.store(stats + t, tl.zeros([BLOCK_T], ACC), here)
+        tl.store(stats + num_tokens + t, tl.zeros([BLOCK_T], ACC), here)
     if MIX:
         tl.store(mix_out + at, h.to(element), mask)
     if NORM:
         m = 1 / tl.sqrt(tl.where(here, tl.sum(h * h, 1) / dim + norm_eps, 1))
-        w = tl.load(norm_weight + d, inside, other=0).to(ACC)
         tl.store(stats + 2 * num_tokens + t, m, here)
+        if not FEW:
+            w = tl.load(norm_weight + d, inside, other=0).to(ACC)
         tl.store(x + at, (h * m[:, None] * w[None, :]).to(element), mask)
+    else:
+        tl.store(stats + 2 * num_tokens + t, tl.zeros([BLOCK_T], ACC), here)
 
 
 @triton.jit
@@ -118,8 +131,10 @@ BACKWARD_ELEMENTS, BACKWARD_BYTES = 2048, 65536
 """Elements of a tensor that it takes at a time, if a row is not longer, and the most shared memory for those on the way."""
 
 
-def _tile(dim: int) -> tuple[int, int, int]:
+def _tile(num_tokens: int, dim: int) -> tuple[int, int, int]:
     columns = power_of_two(dim, 16)
+    if num_tokens <= FEW_TOKENS:
+        return 1, columns, few_warps(columns)
     tokens = max(1, min(8, 4096 // columns))
     return tokens, columns, max(4, warps(2 * tokens * columns))
 
@@ -147,13 +162,11 @@ def update_read_op(
     x = torch.empty_like(output) if norm_weight is not None else None
     mix = torch.empty_like(output) if return_mix else None
     stats = statistic(output, 3, num_tokens)
-    if inter is None or norm_weight is None:
-        stats.zero_()
-    block_t, block_d, num_warps = _tile(dim)
+    block_t, block_d, num_warps = _tile(num_tokens, dim)
     _forward[(triton.cdiv(num_tokens, block_t),)](
         partial, output, inter, lse, query, norm_weight, total, x, mix, stats, num_tokens, dim, eps, norm_eps,
         PARTIAL=partial is not None, INTER=inter is not None, NORM=norm_weight is not None, MIX=return_mix,
-        BLOCK_T=block_t, BLOCK_D=block_d, ACC=accumulator(output), num_warps=num_warps,
+        BLOCK_T=block_t, BLOCK_D=block_d, FEW=num_tokens <= FEW_TOKENS, ACC=accumulator(output), num_warps=num_warps,
     )  # fmt: skip
     return [tensor for tensor in (total, x, mix, stats) if tensor is not None]
 

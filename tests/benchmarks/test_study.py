@@ -44,6 +44,13 @@ def test_candidates_are_every_combination_and_scale_together(study: ModuleType) 
     half = study.scaled(muon, 0.5)
     assert (half.muon_lr, half.embedding_lr, half.head_lr, half.lr) == (0.01, 0.05, 2e-3, 2e-3)
     assert half.depth_lr is None, "the queries' own rate is not tuned"
+    beyond = study.beyond(study.SCALES["h100"], muon)
+    assert len(beyond) == 17 and not beyond.keys() & found.keys() - {
+        "muon-0.02-0.3-0.004",
+        "muon-0.01-0.1-0.004",
+        "muon-0.01-0.3-0.004",
+    }
+    assert (beyond["muon-0.005-0.3-0.064"].muon_lr, beyond["muon-0.005-0.3-0.064"].head_lr) == (0.005, 0.064)
 
 
 def test_the_sizes_span_sixteen_times_the_compute(study: ModuleType, tmp_path: Path) -> None:
@@ -63,7 +70,7 @@ def test_a_stage_waits_for_the_rates_and_time_is_added_up(
     settings = study.settings_of(out)
     with pytest.raises(UserError, match="not a sweep"):
         study.stage_of(out, "sizes", settings)
-    for stage, count, best in (("rates", 2, "adamw-0.008-0.1-0.004"), ("factors", 2, "x0.5")):
+    for stage, count, best in (("rates", 2, "adamw-0.008-0.1-0.004"), ("edges", 1, ""), ("factors", 2, "x0.5")):
         planned = study.stage_of(out, stage, settings).runs
         assert len(planned) == settings["stages"][stage]["runs"] == count and {run.arm for run in planned} == {
             "prenorm"
