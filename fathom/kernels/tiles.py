@@ -58,6 +58,15 @@ def pick_stride(strides, which, COUNT: tl.constexpr):
     return stride
 
 
+@triton.jit
+def two_sums(a, b, DIM: tl.constexpr, TOGETHER: tl.constexpr):
+    """Sums of ``a`` and ``b`` over ``DIM``, the last one. ``TOGETHER`` they cost one exchange between warps, where that counts;
+    not in the interpreter, because numpy adds a tile of both up one by one, and the error grows with their number."""
+    if TOGETHER:
+        return tl.split(tl.sum(tl.join(a, b), DIM))
+    return tl.sum(a, DIM), tl.sum(b, DIM)
+
+
 def as_rows(tensor: Tensor) -> Tensor:
     """``tensor`` [..., D] as [tokens, D] with adjacent columns: a view wherever its layout allows one."""
     rows = tensor.reshape(-1, tensor.shape[-1])

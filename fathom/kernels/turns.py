@@ -24,6 +24,7 @@ from fathom.kernels.tiles import (
     row_pointers,
     statistic,
     strides_of,
+    two_sums,
 )
 
 ELEMENTS = 16384
@@ -35,6 +36,7 @@ def _turn(
     partial, output, sources, strides, known, queries, norm_weight, total, scores, outs, lse, num_sources, num_tokens, dim, eps,
     norm_eps, PARTIAL: tl.constexpr, N: tl.constexpr, AT_ONCE: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr,
     BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BYTES: tl.constexpr, ACC_BYTES: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Read ``program_id(1)`` of token ``program_id(0)``: the score of the source that ends, and the read if it is one of S."""
     element: tl.constexpr = output.dtype.element_ty
@@ -60,7 +62,7 @@ def _turn(
             h = h * shrink + tl.sum(p[:, None] * rows, 0)
             mass = mass * shrink + tl.sum(p, 0)
             top = higher
-    square, dot = tl.split(tl.sum(tl.trans(tl.join(v * v, v * q)), 1))
+    square, dot = two_sums(v * v, v * q, 0, TOGETHER)
     r = 1 / tl.sqrt(square / dim + eps)
     score = dot * r
     tl.store(scores + k * num_tokens + t, score)
@@ -97,6 +99,6 @@ def turn(
         tuple(outs), lse, num_sources, num_tokens, dim, eps, norm_eps, PARTIAL=partial is not None, N=count,
         AT_ONCE=max(1, min(8, ELEMENTS // block_d, power_of_two(max(1, count)))), S=num_reads, NORM=norm_weight is not None,
         BLOCK_D=block_d, ALIGNED=is_aligned(output, *sources, *outs), ACC=accumulator(output), BYTES=output.element_size(),
-        ACC_BYTES=scores.element_size(), num_warps=few_warps(block_d),
+        ACC_BYTES=scores.element_size(), TOGETHER=output.is_cuda, num_warps=few_warps(block_d),
     )  # fmt: skip
     return total, scores, outs, lse

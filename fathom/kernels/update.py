@@ -23,14 +23,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fathom.kernels.tiles import FEW_TOKENS, accumulator, few_warps, multiprocessors, power_of_two, statistic, warps
+from fathom.kernels.tiles import (
+    FEW_TOKENS,
+    accumulator,
+    few_warps,
+    multiprocessors,
+    power_of_two,
+    statistic,
+    two_sums,
+    warps,
+)
 
 
 @triton.jit
 def _forward(
     partial, output, inter, lse, query, norm_weight, total, x, mix_out, stats, num_tokens, dim, eps, norm_eps,
     PARTIAL: tl.constexpr, INTER: tl.constexpr, NORM: tl.constexpr, MIX: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, FEW: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, FEW: tl.constexpr, TOGETHER: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
@@ -49,10 +58,7 @@ def _forward(
         o = tl.load(inter + at, mask, other=0).to(ACC)
         q = tl.load(query + d, inside, other=0).to(ACC)
         before = tl.load(lse + t, here, other=0)
-        if FEW:  # one exchange between the warps instead of two
-            square, dot = tl.split(tl.sum(tl.permute(tl.join(b * b, b * q[None, :]), 0, 2, 1), 2))
-        else:
-            square, dot = tl.sum(b * b, 1), tl.sum(b * q[None, :], 1)
+        square, dot = two_sums(b * b, b * q[None, :], 1, TOGETHER)
         r = 1 / tl.sqrt(tl.where(here, square / dim + eps, 1))
         s = dot * r
         a = 1 / (1 + tl.exp(before - s))
@@ -131,9 +137,9 @@ BACKWARD_ELEMENTS, BACKWARD_BYTES = 2048, 65536
 """Elements of a tensor that it takes at a time, if a row is not longer, and the most shared memory for those on the way."""
 
 
-def _tile(num_tokens: int, dim: int) -> tuple[int, int, int]:
+def _tile(dim: int, few: bool) -> tuple[int, int, int]:
     columns = power_of_two(dim, 16)
-    if num_tokens <= FEW_TOKENS:
+    if few:
         return 1, columns, few_warps(columns)
     tokens = max(1, min(8, 4096 // columns))
     return tokens, columns, max(4, warps(2 * tokens * columns))
@@ -162,11 +168,13 @@ def update_read_op(
     x = torch.empty_like(output) if norm_weight is not None else None
     mix = torch.empty_like(output) if return_mix else None
     stats = statistic(output, 3, num_tokens)
-    block_t, block_d, num_warps = _tile(num_tokens, dim)
+    few = num_tokens <= FEW_TOKENS
+    block_t, block_d, num_warps = _tile(dim, few)
     _forward[(triton.cdiv(num_tokens, block_t),)](
         partial, output, inter, lse, query, norm_weight, total, x, mix, stats, num_tokens, dim, eps, norm_eps,
         PARTIAL=partial is not None, INTER=inter is not None, NORM=norm_weight is not None, MIX=return_mix,
-        BLOCK_T=block_t, BLOCK_D=block_d, FEW=num_tokens <= FEW_TOKENS, ACC=accumulator(output), num_warps=num_warps,
+        BLOCK_T=block_t, BLOCK_D=block_d, FEW=few, TOGETHER=few and output.is_cuda, ACC=accumulator(output),
+        num_warps=num_warps,
     )  # fmt: skip
     return [tensor for tensor in (total, x, mix, stats) if tensor is not None]
 
