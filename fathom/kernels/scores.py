@@ -29,6 +29,7 @@ from fathom.kernels.tiles import (
     pick_stride,
     pointers,
     power_of_two,
+    rsqrt,
     statistic,
     strides_of,
 )
@@ -95,7 +96,7 @@ def _scores(
             step = _dot(q, tl.trans(v), step, SPLIT, PRECISION)
         dots += step * scale
         square += tl.sum(v.to(ACC) * v.to(ACC), 1)
-    r = 1 / tl.sqrt(tl.where(here, square / dim + eps, 1))
+    r = rsqrt(tl.where(here, square / dim + eps, 1.0))
     tl.store(pick(rstds, n, N, False) + t, r, here & is_first)
     at = k[:, None].to(tl.int64) * num_tokens + t[None, :]
     tl.store(pick(scores, n, N, False)[:, None] + at, dots * r[None, :], asked[:, None] & here[None, :])

@@ -59,6 +59,14 @@ def pick_stride(strides, which, COUNT: tl.constexpr):
 
 
 @triton.jit
+def rsqrt(x):
+    """1 / sqrt(x), rounded as exactly as float32 can be: all of a row is multiplied by it, and so has its error."""
+    if x.dtype == tl.float64:
+        return 1 / tl.sqrt(x)
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
+
+
+@triton.jit
 def two_sums(a, b, DIM: tl.constexpr, TOGETHER: tl.constexpr):
     """Sums of ``a`` and ``b`` over ``DIM``, the last one. ``TOGETHER`` they cost one exchange between warps, where that counts;
     not in the interpreter, because numpy adds a tile of both up one by one, and the error grows with their number."""

@@ -22,6 +22,7 @@ from fathom.kernels.tiles import (
     pointers,
     power_of_two,
     row_pointers,
+    rsqrt,
     statistic,
     strides_of,
     two_sums,
@@ -63,7 +64,7 @@ def _turn(
             mass = mass * shrink + tl.sum(p, 0)
             top = higher
     square, dot = two_sums(v * v, v * q, 0, TOGETHER)
-    r = 1 / tl.sqrt(square / dim + eps)
+    r = rsqrt(square / dim + eps)
     score = dot * r
     tl.store(scores + k * num_tokens + t, score)
     if PARTIAL:
@@ -76,7 +77,7 @@ def _turn(
         tl.store(lse + k * num_tokens + t, higher + tl.log(mass))
         if NORM:  # noqa: SIM102 (Triton knows it beforehand, and k only later)
             if k == 0:
-                h = h * w / tl.sqrt(tl.sum(h * h, 0) / dim + norm_eps)
+                h = h * w * rsqrt(tl.sum(h * h, 0) / dim + norm_eps)
         tl.store(pick(outs, k, S, ALIGNED) + t * dim + d, h.to(element), inside)
 
 

@@ -29,6 +29,7 @@ from fathom.kernels.tiles import (
     few_warps,
     multiprocessors,
     power_of_two,
+    rsqrt,
     statistic,
     two_sums,
     warps,
@@ -59,7 +60,7 @@ def _forward(
         q = tl.load(query + d, inside, other=0).to(ACC)
         before = tl.load(lse + t, here, other=0)
         square, dot = two_sums(b * b, b * q[None, :], 1, TOGETHER)
-        r = 1 / tl.sqrt(tl.where(here, square / dim + eps, 1))
+        r = rsqrt(tl.where(here, square / dim + eps, 1.0))
         s = dot * r
         a = 1 / (1 + tl.exp(before - s))
         h = o + a[:, None] * (b - o)
@@ -71,7 +72,7 @@ def _forward(
     if MIX:
         tl.store(mix_out + at, h.to(element), mask)
     if NORM:
-        m = 1 / tl.sqrt(tl.where(here, tl.sum(h * h, 1) / dim + norm_eps, 1))
+        m = rsqrt(tl.where(here, tl.sum(h * h, 1) / dim + norm_eps, 1.0))
         tl.store(stats + 2 * num_tokens + t, m, here)
         if not FEW:
             w = tl.load(norm_weight + d, inside, other=0).to(ACC)
