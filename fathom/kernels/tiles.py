@@ -60,10 +60,9 @@ def pick_stride(strides, which, COUNT: tl.constexpr):
 
 @triton.jit
 def rsqrt(x):
-    """1 / sqrt(x), rounded as exactly as float32 can be: all of a row is multiplied by it, and so has its error."""
-    if x.dtype == tl.float64:
-        return 1 / tl.sqrt(x)
-    return tl.div_rn(1.0, tl.sqrt_rn(x))
+    """1 / sqrt(x). All of a row is multiplied by it, and so has its error: a step of Newton's corrects a GPU's fast one."""
+    r = tl.rsqrt(x)
+    return r * (1.5 - 0.5 * x * r * r)
 
 
 @triton.jit
