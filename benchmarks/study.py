@@ -17,8 +17,8 @@ Stages, each a sweep of fathom/lab in OUT/<stage>, in this order:
 
 The rates are tuned for PreNorm, by means over seeds, and all arms of a size share them, as in the paper: the comparison favours
 the baseline. The rule by which they are carried to the other sizes is ``carried_factor``. Budget: ``BUDGET`` GPU seconds, wall
-clock times the GPUs, whatever runs side by side on them. Dear runs begin first, so that all GPUs end together. Networks as small as
-these fill a GPU several at a time, best under NVIDIA's MPS (`nvidia-cuda-mps-control -d` before `run`, and 14 workers a GPU).
+clock times the GPUs, whatever runs side by side on them. Dear runs begin first, so that all GPUs end together. Several of these
+small networks fill a GPU, best under NVIDIA's MPS (`nvidia-cuda-mps-control -d` before `run`, 14 workers a GPU).
 """
 
 import argparse
