@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fathom.depth_attention import EPS, depth_attention_weights, fold_gain
 from fathom.errors import UserError
-from fathom.kernels import mix, read, score, update_read
+from fathom.kernels import mix, read, score, score_bank, update_read
 from fathom.stream import Norm, Stream, norm_parts
 
 Schedule = Literal["two_phase", "single_pass"]
@@ -135,8 +135,8 @@ class BlockAttnRes(Stream):
         if self.schedule == "single_pass":
             return BlockState(bank, None, None)
         queries = fold_gain(self.query, self.key_gain)
-        scores = tuple(score(None, source, queries, eps=self.eps)[1] for source in bank)
-        return BlockState(bank, None, None, ahead=Ahead(queries, scores))
+        sources, scores = score_bank(bank, queries, eps=self.eps)
+        return BlockState(tuple(sources), None, None, ahead=Ahead(queries, tuple(scores)))
 
     def _phase_1(self, state: BlockState, num_reads: int, norm_weight: Tensor | None, norm_eps: float) -> BlockState:
         """The next ``num_reads`` reads over the bank, the first of them normalised if there is a ``norm_weight``."""

@@ -1,6 +1,7 @@
 """The operations of the residual path, each with two backends, and the one place that chooses between them.
 
     score         the sum that ends a block, and its scores for all later reads       two_phase.py | scores.py
+    score_bank    the scores of finished sources, of which nothing is known           two_phase.py | scores.py
     mix           every read of a block over its finished sources, from their scores  two_phase.py | mixes.py
     turn          ``score``, then ``mix``, where a block ends and the next begins     the two      | turns.py, for a few tokens
     update_read   residual add, intra-block merge and the next norm                   two_phase.py | update.py
@@ -99,20 +100,40 @@ def score(
     eps: float = EPS,
 ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "K *batch"]]:
     """``partial + output`` (or ``output``), a finished source, and its scores for K queries, key gain folded in."""
-    shape = _check_sources([output])
-    _check("partial", partial, shape, output)
+    sources, scores = _score(partial, [output], queries, eps)
+    return sources[0], scores[0]
+
+
+def score_bank(
+    bank: Sequence[Float[Tensor, "*batch D"]], queries: Float[Tensor, "K D"], *, eps: float = EPS
+) -> tuple[Sequence[Float[Tensor, "*batch D"]], Sequence[Float[Tensor, "K *batch"]]]:
+    """N finished sources, and of each its scores for K queries, key gain folded in; as ``score``, all at once.
+
+    The sources come back for the reads, for the same reason as from ``mix``.
+    """
+    return _score(None, bank, queries, eps)
+
+
+def _score(
+    partial: Tensor | None, sources: Sequence[Tensor], queries: Tensor, eps: float
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The sources, or ``partial`` and the only one added, and their scores."""
+    shape = _check_sources(sources)
+    first = sources[0]
+    _check("partial", partial, shape, first)
     if queries.ndim != 2 or queries.shape[0] < 1:
         raise UserError(f"queries has shape {tuple(queries.shape)}: it must be [K, D] with at least one read")
-    _check("queries", queries, (queries.shape[0], shape[-1]), output, dtype=False)
-    if backend_for(output.device, output.dtype) == "triton":
+    _check("queries", queries, (queries.shape[0], shape[-1]), first, dtype=False)
+    if backend_for(first.device, first.dtype) == "triton":
         from fathom.kernels import scores as kernel
         from fathom.kernels.tiles import as_rows
 
         before = None if partial is None else as_rows(partial).contiguous()
-        source, scores = kernel.score(before, as_rows(output), queries.contiguous(), eps, 1.0)
-        return source.view(shape), scores.view(-1, *shape[:-1])
-    source = output if partial is None else partial + output
-    return source, two_phase.score(source, queries, eps=eps)
+        rows, scores = kernel.score(before, [as_rows(source) for source in sources], queries.contiguous(), eps, 1.0)
+        return [row.view(shape) for row in rows], [each.view(-1, *shape[:-1]) for each in scores]
+    if partial is not None:
+        sources = [partial + first]
+    return sources, [two_phase.score(source, queries, eps=eps) for source in sources]
 
 
 def mix(

@@ -7,9 +7,9 @@ the reads, then adds that from its scores in place.
 import torch
 from torch import Tensor
 
-from fathom.kernels.mixes import mixed, mixed_backward, present
+from fathom.kernels.mixes import mixed, mixed_backward
 from fathom.kernels.scores import gradients_of, scores_of
-from fathom.kernels.tiles import statistic
+from fathom.kernels.tiles import present, statistic
 
 Tensors = list[Tensor]
 

@@ -30,6 +30,7 @@ from fathom.kernels.tiles import (
     pick_stride,
     pointers,
     power_of_two,
+    present,
     row_pointers,
     strides_of,
 )
@@ -195,12 +196,6 @@ def mixed_backward(
         num_tokens, num_pieces, PIECES=power_of_two(num_pieces), BLOCK_T=SCORE_TOKENS, num_warps=4, **fixed,
     )  # fmt: skip
     return dsources, dscores, drstds
-
-
-def present(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """Gradients, contiguous; zeros (one tensor of them) where autograd has none."""
-    absent = torch.zeros_like(like, memory_format=torch.contiguous_format) if None in grads else None
-    return [absent if grad is None else grad.contiguous() for grad in grads]  # type: ignore[misc]
 
 
 @torch.library.custom_op("fathom::mix", mutates_args=())

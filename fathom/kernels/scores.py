@@ -2,8 +2,9 @@
 
     v = b + f (where a block ends)          r = 1 / sqrt(mean(v²) + eps)          s_k = scale · r (q_k · v)
 
-A source is read for its scores once, in the kernel that ends its block. Backward, one sweep too, once all that later reads
-have to say of v and of its scores is there, c_k = scale · r ds_k:
+A source is read for its scores once: in the kernel that ends its block or, where others made it, with all such sources at once,
+as a stage of a pipeline begins. Backward, one sweep too, once all that later reads have to say of v and of its scores is there,
+c_k = scale · r ds_k:
 
     dv = dv_given + Σ_k c_k q_k − v (r² Σ_k ds_k s_k + r³ dr) / D          dq_k = Σ_tokens c_k v          db = df = dv
 
@@ -13,6 +14,7 @@ factor is bfloat16 itself. The query gradient is summed in a fixed order: each p
 shares are added.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from fathom.kernels.tiles import (
     pick_stride,
     pointers,
     power_of_two,
+    present,
     rsqrt,
     statistic,
     strides_of,
@@ -265,59 +268,74 @@ def gradients_of(
 
 
 @torch.library.custom_op("fathom::score", mutates_args=())
-def score_op(partial: Tensor | None, output: Tensor, queries: Tensor, eps: float, scale: float) -> list[Tensor]:
-    """The sum of a block and its last output [tokens, D] (with ``partial``), its scores [K, tokens] by folded queries [K, D],
-    and its reciprocal norms [tokens]."""
-    total, scores, rstds = scores_of([output], queries, eps, scale, partial)
-    return [*scores, *rstds] if total is None else [total, *scores, *rstds]
+def score_op(
+    partial: Tensor | None, sources: list[Tensor], queries: Tensor, eps: float, scale: float
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The sum of a block and its last output [tokens, D] (with ``partial`` and a single source, else nothing), then of each
+    source the scores [K, tokens] by folded queries [K, D] and the reciprocal norms [tokens]."""
+    total, scores, rstds = scores_of(sources, queries, eps, scale, partial)
+    return [] if total is None else [total], scores, rstds
 
 
 @score_op.register_fake
-def _(partial, output, queries, eps, scale):
-    num_tokens = output.shape[0]
-    found = [statistic(output, queries.shape[0], num_tokens), statistic(output, num_tokens)]
-    return found if partial is None else [output.new_empty(output.shape), *found]
+def _(partial, sources, queries, eps, scale):
+    first, num_tokens = sources[0], sources[0].shape[0]
+    return (
+        [] if partial is None else [first.new_empty(first.shape)],
+        [statistic(first, queries.shape[0], num_tokens) for _ in sources],
+        [statistic(first, num_tokens) for _ in sources],
+    )
 
 
 @torch.library.custom_op("fathom::score_backward", mutates_args=())
 def score_backward(
-    source: Tensor, queries: Tensor, scores: Tensor, rstd: Tensor, dscores: Tensor, dsource: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the source [tokens, D], ``dsource`` added, and of the queries [K, D]."""
-    given = None if dsource is None else [dsource]
-    found = source.new_empty(source.shape)
-    return found, gradients_of([source], queries, [scores], [rstd], [dscores], [], given, [found], scale)
+    sources: list[Tensor], queries: Tensor, scores: list[Tensor], rstds: list[Tensor], dscores: list[Tensor],
+    passed: list[Tensor], scale: float,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Gradients of the sources [tokens, D], ``passed`` (or nothing: an empty list) added, and of the queries [K, D]."""
+    found = [source.new_empty(source.shape) for source in sources]
+    return found, gradients_of(sources, queries, scores, rstds, dscores, [], passed or None, found, scale)
 
 
 @score_backward.register_fake
-def _(source, queries, scores, rstd, dscores, dsource, scale):
-    return source.new_empty(source.shape), scores.new_empty(queries.shape)
+def _(sources, queries, scores, rstds, dscores, passed, scale):
+    return [source.new_empty(source.shape) for source in sources], scores[0].new_empty(queries.shape)
 
 
 class _Score(torch.autograd.Function):
+    """N sources, or ``partial`` and the only one, to the N sources again, or the sum, and their N scores."""
+
     @staticmethod
     def forward(
-        ctx: Any, partial: Tensor | None, output: Tensor, queries: Tensor, eps: float, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        *total, scores, rstd = score_op(partial, output, queries, eps, scale)
-        source = total[0] if total else output
-        ctx.is_sum, ctx.scale = partial is not None, scale
+        ctx: Any, partial: Tensor | None, queries: Tensor, eps: float, scale: float, *sources: Tensor
+    ) -> tuple[Tensor, ...]:
+        total, scores, rstds = score_op(partial, list(sources), queries, eps, scale)
+        finished = total or sources
+        ctx.count, ctx.is_sum, ctx.scale = len(sources), partial is not None, scale
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(source, queries, scores, rstd)
-        return source, scores
+        ctx.save_for_backward(queries, *finished, *scores, *rstds)
+        return (*finished, *scores)
 
     @staticmethod
-    def backward(ctx: Any, dsource: Tensor | None, dscores: Tensor | None) -> tuple[Tensor | None, ...]:
-        source, queries, scores, rstd = ctx.saved_tensors
-        dqueries = None
-        if dscores is not None:
-            given = None if dsource is None else dsource.contiguous()
-            dsource, dqueries = score_backward(source, queries, scores, rstd, dscores.contiguous(), given, ctx.scale)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        queries, *rest = ctx.saved_tensors
+        n, dqueries = ctx.count, None
+        sources, scores, rstds = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        dsources, dscores = grads[:n], grads[n:]
+        if any(grad is not None for grad in dscores):
+            passed = [] if all(grad is None for grad in dsources) else present(dsources, sources[0])
+            given = present(dscores, scores[0])
+            dsources, dqueries = score_backward(sources, queries, scores, rstds, given, passed, ctx.scale)
             dqueries = dqueries.to(queries.dtype)
-        return dsource if ctx.is_sum else None, dsource, dqueries, None, None
+        return dsources[0] if ctx.is_sum else None, dqueries, None, None, *dsources
 
 
-def score(partial: Tensor | None, output: Tensor, queries: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor]:
-    """``partial + output`` or ``output`` [tokens, D], and its scores [K, tokens] by folded queries [K, D]."""
-    found: tuple[Tensor, Tensor] = _Score.apply(partial, output, queries, eps, scale)
-    return found
+def score(
+    partial: Tensor | None, sources: Sequence[Tensor], queries: Tensor, eps: float, scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """N sources [tokens, D], or ``partial`` and the only one added, and their N scores [K, tokens] by folded queries [K, D].
+
+    The sources come back for their reads: what those add to the gradient, this backward pass takes up.
+    """
+    found = list(_Score.apply(partial, queries, eps, scale, *sources))
+    return found[: len(sources)], found[len(sources) :]

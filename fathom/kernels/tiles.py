@@ -4,6 +4,8 @@ A read attends over tensors that were allocated one by one, or are slices of a b
 pointers and a tuple of row strides, and picks among them by index, so nothing is stacked or copied. Addresses are 64 bit.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -112,6 +114,12 @@ def accumulator(tensor: Tensor) -> tl.dtype:
 def statistic(like: Tensor, *shape: int) -> Tensor:
     """An empty tensor for what is kept per token, in the dtype of sums."""
     return torch.empty(shape, dtype=compute_dtype(like), device=like.device)
+
+
+def present(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Gradients, contiguous; zeros (one tensor of them) where autograd has none."""
+    absent = torch.zeros_like(like, memory_format=torch.contiguous_format) if None in grads else None
+    return [absent if grad is None else grad.contiguous() for grad in grads]  # type: ignore[misc]
 
 
 def power_of_two(n: int, least: int = 1) -> int:

@@ -3,6 +3,8 @@
 `make test-gpu` runs these and `tests/kernels`, whose cases then run compiled, in bfloat16, float16 and float32.
 """
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,19 +60,26 @@ def test_very_many_tokens(tokens: int, d: int):
         assert (a - b).norm() <= 8e-3 * b.norm()
 
 
+def scored_bank(first: Tensor, second: Tensor, queries: Tensor) -> Sequence[Tensor]:
+    bank, scores = kernels.score_bank([first, second], queries)
+    return [*bank, *scores]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("queries", [16, 33, 70])
-def test_scores_of_many_tokens(queries: int, dtype: torch.dtype):
-    """Every row of a source that all multiprocessors score at once, for as many queries as the widest products take, and more."""
+@pytest.mark.parametrize("call", [kernels.score, scored_bank])
+def test_scores_of_many_tokens(call: Callable[..., Sequence[Tensor]], queries: int, dtype: torch.dtype):
+    """Every row of a source that all multiprocessors score at once, for as many queries as the widest products take, and more:
+    of a sum, and of two sources of a bank."""
     partial, output = (torch.randn(16384, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     weights = (torch.randn(queries, 2048, device="cuda") / 2048**0.5).to(dtype)
-    grads = [torch.randn_like(output), torch.randn(queries, 16384, device="cuda")]
+    row, scores = torch.randn_like(output), torch.randn(queries, 16384, device="cuda")
 
     def run(backend: str) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (partial, output, weights)]
         with use_backend(backend):  # type: ignore[arg-type]
-            found = kernels.score(*leaves)
-        torch.autograd.backward(list(found), grads)
+            found = call(*leaves)
+        torch.autograd.backward(list(found), [row if each.shape == row.shape else scores for each in found])
         return [t.detach() for t in found] + [leaf.grad for leaf in leaves]  # type: ignore[misc]
 
     first, second, plain = run("triton"), run("triton"), run("reference")

@@ -34,6 +34,46 @@ def test_scores_equal_the_equation(tokens: int, d: int, k: int, partial: bool, d
     assert_as_good_as_plain(call_score, *draws)
 
 
+def make_bank(n: int, tokens: int, d: int, k: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """N sources, as a token-major bank, and K queries."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return [torch.randn(tokens, n, d).to(device, dtype), (torch.randn(k, d) * 2 / d**0.5).to(device, wide)]
+
+
+def call_bank(leaves):
+    """The sources as they are passed on, their scores, and a source that is used as it was, too."""
+    sources = leaves[0].unbind(1)
+    bank, scores = kernels.score_bank(sources, leaves[1], eps=1e-5)
+    return [*bank, *scores, sources[0] * 2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((9, 70, 24, 70), DTYPES[0]), ((1, 3, 16, 2), DTYPES[0]), *(((3, 7, 40, 5), dtype) for dtype in DTYPES)],
+    ids=str,
+)
+def test_scores_of_a_bank_equal_the_equation(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str):
+    assert_as_good_as_plain(call_bank, *(make_bank(*shape, dtype, device) for _ in range(DRAWS[dtype])))
+
+
+@pytest.mark.parametrize("used", [(), (0,), (1,), (0, 4), (3, 4)], ids=str)
+def test_what_is_unused_of_a_bank_adds_no_gradient(used: tuple[int, ...], device: str):
+    """Of three sources and their scores only some are used, and the last source needs no gradient."""
+    inputs = [torch.randn(3, 16).to(device) for _ in range(3)] + [torch.randn(20, 16).to(device)]
+    gradients = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_(index != 2) for index, t in enumerate(inputs)]
+        with use_backend(backend):  # type: ignore[arg-type]
+            bank, scores = kernels.score_bank(leaves[:3], leaves[3])
+            found = [*bank, *scores]
+            sum((found[index].square().sum() for index in used), leaves[0].sum()).backward()
+        assert leaves[2].grad is None
+        assert (leaves[3].grad is None) == (not any(index >= 3 for index in used))  # then no kernel runs
+        gradients.append([torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
 def make_mix(n: int, s: int, d: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     """Sources, then their scores, some of them far apart."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -115,6 +155,7 @@ def test_repeats_have_the_same_bits(device: str):
     for call, inputs in (
         (call_mix(3), make_mix(3, 4, 40, 9, dtype, device)),
         (call_score, make_score(70, 40, 5, dtype, device, partial=True)),
+        (call_bank, make_bank(3, 70, 40, 5, dtype, device)),
     ):
         first, second = run(call, inputs, "triton"), run(call, inputs, "triton")
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -126,6 +167,8 @@ BAD = [
     (lambda: kernels.score(torch.zeros(3, 9), ROW, torch.zeros(2, 8)), "partial has shape"),
     (lambda: kernels.score(None, ROW, torch.zeros(0, 8)), "queries has shape"),
     (lambda: kernels.score(None, ROW, torch.zeros(2, 9)), "queries has shape"),
+    (lambda: kernels.score_bank([], torch.zeros(2, 8)), "sources is empty"),
+    (lambda: kernels.score_bank([ROW, torch.zeros(3, 9)], torch.zeros(2, 8)), r"sources\[1\] has shape"),
     (lambda: kernels.mix([], []), "sources is empty"),
     (lambda: kernels.mix([ROW, ROW], [READS]), "1 scores for 2 sources"),
     (lambda: kernels.mix([ROW, ROW], [READS, torch.zeros(1, 3)]), r"scores\[1\] has shape"),

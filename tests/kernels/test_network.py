@@ -16,6 +16,7 @@ from fathom.errors import UserError
 from fathom.kernels import backend_for, use_backend
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
+from fathom.parallel.stages import StageBlocks
 
 TOKENS = torch.arange(12).view(2, 6) % 17
 
@@ -159,6 +160,44 @@ def test_hooks_see_every_saved_tensor(device: str):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_stage_scores_its_bank_at_once(inside: bool, device: str, monkeypatch: pytest.MonkeyPatch):
+    """One launch each way for all sources that a stage receives, which adds to what the reads give them, wherever saved tensors
+    are moved."""
+    from fathom.kernels import scores
+
+    launched = []
+    forward, backward = scores.scores_of, scores.gradients_of
+    monkeypatch.setattr(scores, "scores_of", lambda *a: launched.append((len(a[0]), a[4] is not None)) or forward(*a))
+    monkeypatch.setattr(
+        scores, "gradients_of", lambda *a: launched.append((len(a[0]), a[6] is not None)) or backward(*a)
+    )
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    whole = BlockAttnRes(9, 24, num_blocks=3).to(device, dtype)
+    torch.nn.init.normal_(whole.query, std=0.3, generator=torch.Generator(device).manual_seed(2))
+    tensors = [torch.randn(2, 5, 24).to(device, dtype) for _ in range(4)]
+    away = torch.autograd.graph.saved_tensors_hooks(lambda t: (t.device, t.cpu().clone()), lambda p: p[1].to(p[0]))
+    found = []
+    for backend in ("triton", "reference"):
+        stage = StageBlocks(whole, tuple(whole.starts), range(6 + inside, 9), is_last=True)
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        with use_backend(backend), away:  # type: ignore[arg-type]
+            state = stage.enter(tuple(leaves[:3]), leaves[3] if inside else None)
+            for site in range(stage.num_sublayers):
+                x, state = stage.read(state, site, torch.nn.Identity())
+                state = stage.write(state, site, torch.tanh(x))
+            out = stage.finish(state, torch.nn.Identity())
+        # The bank goes on to the next stage.
+        (out.square().sum() + sum(source.square().sum() for source in state.bank)).backward()
+        parameters = [stage.query, stage.key_gain]
+        found.append([out.detach(), *(t.grad for t in (*leaves[: 3 + inside], *parameters))])
+    # Sources and whether something is added. The stage's own block is scored where it ends, and summed there.
+    assert launched == [(3, False), (1, True), (1, True), (3, True)]
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-4
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 def test_opcheck(device: str):
     from fathom.kernels import inter, mixes, scores, update
 
@@ -169,9 +208,13 @@ def test_opcheck(device: str):
     # The others have their gradients around them, in an autograd.Function each.
     rows = [torch.randn(3, 16, device=device) for _ in range(3)]
     for partial in (None, rows[0]):
-        torch.library.opcheck(scores.score_op, (partial, rows[1], queries.detach(), 1e-6, 1.0))
-    known = [torch.randn(2, 3, device=device) for _ in sources]
-    torch.library.opcheck(mixes.mix_op, ([source.detach() for source in sources], known))
+        torch.library.opcheck(scores.score_op, (partial, rows[1:2], queries.detach(), 1e-6, 1.0))
+    torch.library.opcheck(scores.score_op, (None, rows, queries.detach(), 1e-6, 1.0))
+    known, rstds = ([torch.rand(*shape, device=device) for _ in sources] for shape in ((2, 3), (3,)))
+    bank = [source.detach() for source in sources]
+    for passed in ([], bank):
+        torch.library.opcheck(scores.score_backward, (bank, queries.detach(), known, rstds, known, passed, 1.0))
+    torch.library.opcheck(mixes.mix_op, (bank, known))
     lse = torch.randn(3, device=device)
     query, weight = (torch.randn(16, device=device) for _ in range(2))
     torch.library.opcheck(update.update_read_op, (rows[0], rows[1], rows[2], lse, query, weight, 1e-6, 1e-6, False))
@@ -180,7 +223,7 @@ def test_opcheck(device: str):
 
 COMPILED = """
 import torch
-from fathom.kernels import use_backend
+from fathom.kernels import mix, score_bank, use_backend
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.transformer import Transformer
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -189,15 +232,25 @@ config = ModelConfig(vocab_size=17, context=8, dim=16, num_layers=2, num_heads=2
 model = Transformer(config, seed=0).to(device)
 torch.nn.init.normal_(model.stream.query, std=0.3)
 tokens = (torch.arange(12).view(2, 6) % 17).to(device)
+bank = [torch.randn(6, 16, device=device, requires_grad=True) for _ in range(3)]
+
+def read(queries, *sources):
+    passed, scores = score_bank(sources, queries)
+    return sum(read.square().sum() for read in (*mix(passed, scores)[0], *passed))
+
 results = []
 with use_backend("triton"):
-    for loss in (model.loss, torch.compile(model.loss, fullgraph=True)):
-        model.zero_grad()
-        value = loss(tokens, tokens)
-        value.backward()
-        results.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
-for a, b in zip(*results, strict=True):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for call, inputs, leaves in ((model.loss, (tokens, tokens), [*model.parameters()]),
+                                 (read, (model.stream.query, *bank), [model.stream.query, *bank])):
+        for run in (call, torch.compile(call, fullgraph=True)):
+            for leaf in leaves:
+                leaf.grad = None
+            value = run(*inputs)
+            value.backward()
+            results.append([value.detach(), *(leaf.grad.clone() for leaf in leaves)])
+for eager, compiled in zip(results[::2], results[1::2], strict=True):
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 print("same")
 """
 
