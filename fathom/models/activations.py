@@ -28,9 +28,27 @@ SHORT = 64
 """Tokens of a piece of fla-core's KDA."""
 
 
+class _FusedNorm(torch.autograd.Function):
+    """torch's fused RMSNorm saves its input, its weight and a reciprocal norm of each row.
+
+    On meta tensors ``F.rms_norm`` would be its plain operations, which save the input and the normalised rows in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise AssertionError("there are no data")
+
+
 class _Norm(RMSNorm):
+    plain_rms_norm = True  # Fathom's kernels take it into a read, as they take what it stands for
+
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._fused_rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)[0]
+        return _FusedNorm.apply(x, self.weight.to(x.dtype))
 
 
 class _DeltaRule(torch.autograd.Function):

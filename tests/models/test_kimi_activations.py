@@ -16,6 +16,10 @@ CONFIG = KimiConfig(
     vocab_size=56, context=192, dim=32, num_layers=5, num_heads=2, head_dim=16, mlp_dim=48, kv_rank=16, shared_key_dim=8,
     num_experts=8, active_experts=2, expert_dim=24, residual=ResidualConfig(rule="block", block_size=4),
 )  # fmt: skip
+WIDE = replace(
+    CONFIG, dim=256, num_heads=2, head_dim=128, mlp_dim=512, expert_dim=128, kv_rank=64, vocab_size=1024, head_std=1.0
+)
+"""Wide enough for a GPU's kernels."""
 K3 = {"full_rank_gate": True, "decay_floor": -5.0, "query_rank": 24, "mla_gate": True, "latent_dim": 16}
 
 
@@ -35,3 +39,15 @@ def test_a_network_keeps_what_its_parts_keep(rule: str, options: dict, monkeypat
     block = {} if rule == "block" else {"residual": ResidualConfig(rule="block", block_size=4)}
     parts = gpu_activation_bytes(replace(config, **block), 3, 192)
     assert found == parts["sublayers"] + parts["head and loss"] + parts[rule]
+
+
+def test_streams_keep_each_sum_and_each_mix_once():
+    """Per token: under PreNorm every norm's input and one number of it; under Block every source and every partial sum, the reads
+    of several sources, and the scores, norms and denominators that go with them."""
+    sites, sources, ahead = 11, 4, 11 + 7 + 3 + 1  # blocks of 4, 4 and 2 sublayers, and the output
+    mixes, updates, normed = 4 + 2 + 1, 3 + 3 + 1, 4
+    parts = gpu_activation_bytes(WIDE, 5, 192)
+    assert parts["prenorm"] == 5 * 192 * sites * (2 * 256 + 4)
+    rows, numbers = sites + mixes, ahead + sources + mixes + 3 * (updates + normed)
+    queries = 4 * sites * 256  # folded with their gains
+    assert parts["block"] == 5 * 192 * (2 * 256 * rows + 4 * numbers) + queries
