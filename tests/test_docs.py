@@ -131,6 +131,48 @@ def test_sentences_about_55m_parameters_are_its_result(page: str) -> None:
     )
 
 
+KERNELS = RESULTS / "2026-11-22_residual-path-h200"
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/kernels.md", "docs/log.md", f"{KERNELS.relative_to(ROOT)}/README.md"]
+)
+def test_sentences_about_the_kernels_are_their_result(page: str) -> None:
+    rows = json.loads((KERNELS / "result.json").read_text())["rows"]
+    over = {(row["case"][:5], row["arm"], row["metric"]): row["over_prenorm"] for row in rows}
+    text = " ".join((ROOT / page).read_text().split())
+    assert f"{100 * over['model', 'fathom', 'forward_backward_ms'] - 100:.1f} %" in text
+    assert f"×{over['stack', 'fathom', 'forward_backward_ms']:.3f}" in text
+    assert f"×{over['model', 'fathom-recompute', 'peak_gib']:.4f}" in text
+
+
+def test_each_kernels_share_is_the_probes() -> None:
+    table = re.findall(
+        r"^\| (\w.*) \| (\d+) \| ([\d.]+) \| (\d+) % \|$", (KERNELS / "README.md").read_text(), re.MULTILINE
+    )
+    probe = (KERNELS / "probes/kernels-alone.txt").read_text()
+    assert len(table) == 20
+    for kernel, floor, passes, share in table:
+        line = re.search(rf"^  {re.escape(kernel)} +[\d.]+ us +([\d.]+) passes of +([\d.]+) ", probe, re.MULTILINE)
+        assert line is not None and (line[1], line[2]) == (passes, f"{floor}.0"), kernel
+        assert round(100 * float(floor) / float(passes)) == int(share), kernel
+
+
+def test_a_steps_passes_are_the_profiles() -> None:
+    """The table of docs/kernels.md, from the kernels of one step of the stack: all but the 64 that scale."""
+    stack = json.loads((KERNELS / "raw.json").read_text())["cases"][0]
+    kernels = {arm: stack["arms"][arm]["kernels"] for arm in ("fathom", "prenorm")}
+    passes = {arm: {name: ms / stack["pass_ms"] for name, n, ms in kernels[arm] if n != 64} for arm in kernels}
+    own = [passes["fathom"][name] for name in ("_backward", "_forward", "_mix", "_gradients", "_scores")]
+    fathom, prenorm = (sum(passes[arm].values()) for arm in ("fathom", "prenorm"))
+    table = (ROOT / "docs/kernels.md").read_text().split("| kernels (launches) |")[1].split("\n\n")[0]
+    cells = [[cell.strip() for cell in line.split("|")[2:5]] for line in table.splitlines()[2:]]
+    floors = [float(floor or 0) for floor, _, _ in cells]
+    assert sum(floors[:5]) == floors[6]
+    for floor, found, cell in zip(floors, [*own, fathom - sum(own), fathom, prenorm], cells, strict=True):
+        assert cell[1:] == [f"{found:.1f}", f"{100 * floor / found:.0f} %" if floor else ""]
+
+
 def test_the_picture_is_of_the_committed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = benchmark("picture", monkeypatch)
     for file, drawn in runs.pictures().items():

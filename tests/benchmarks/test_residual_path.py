@@ -8,6 +8,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fathom.block import BlockAttnRes
+from fathom.kernels import use_backend
+from fathom.models.layers import RMSNorm
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MODULES = ("workloads", "arms", "gate", "peers", "timing", "steps", "summarize", "residual_path", "kernels_alone")
@@ -149,3 +155,40 @@ def test_the_kernels_operations_agree_with_their_plain_equations(benchmarks) -> 
     alone = benchmarks.kernels_alone
     for operation in (alone.inter(3, 2), alone.single(3), alone.update(first=False), alone.update(first=True)):
         alone.check(operation, operation.arms["fathom"](), 256, 20, torch.device("cpu"), 2.0)
+
+
+class Passes(TorchDispatchMode):
+    """Counts the tensors of ``shape`` that Fathom's operations read and write, and those of each addition by autograd."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.name().startswith("fathom::"):
+            self.count += sum(isinstance(x, torch.Tensor) and x.shape == self.shape for x in tree_leaves((args, out)))
+            # A single source has the whole weight: backward it is not read.
+            self.count -= func.name() == "fathom::mix_backward" and len(args[0]) == 1
+        elif func is torch.ops.aten.add.Tensor and out.shape == self.shape:
+            self.count += 3
+        return out
+
+
+def test_the_stack_moves_the_passes_that_the_page_counts() -> None:
+    tokens, dim, sublayers = 3, 16, 32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stream = BlockAttnRes(sublayers, dim, block_size=8).to(device)
+    norm = RMSNorm(dim, 1e-6).to(device)
+    embedding = torch.randn(tokens, dim, device=device, requires_grad=True)
+    with use_backend("triton"):
+        with Passes((tokens, dim)) as forward:
+            state = stream.start(embedding)
+            for site in range(sublayers):
+                x, state = stream.read(state, site, norm)
+                state = stream.write(state, site, -x)
+            out = stream.finish(state, norm)
+        with Passes((tokens, dim)) as backward:
+            out.backward(torch.ones_like(out))
+    page = (BENCHMARKS.parent / "docs/kernels.md").read_text()
+    assert f"that is {forward.count} passes forward" in page and f"and {backward.count} backward" in page
