@@ -37,14 +37,14 @@ from fathom.kernels.tiles import (
     strides_of,
 )
 
-SCORE_TOKENS, SCORE_COLUMNS, SCORE_WARPS = 64, 64, 4
+SCORE_TOKENS, SCORE_COLUMNS, SCORE_WARPS = 64, 128, 4
 """Tile of a source in ``_scores``, and the warps that share it."""
 MOST_QUERIES, MOST_QUERIES_WIDE = 64, 16
 """Queries of one program, of bfloat16 terms and of wider ones; more are taken by more programs."""
 COEFFICIENT_TOKENS = 128
 """Tokens of one program of ``_coefficients``."""
-GRADIENT_TOKENS, GRADIENT_COLUMNS, GRADIENT_WARPS, GRADIENT_SHARES = 64, 64, 4, 32
-"""Tokens and columns of one step of ``_gradients``, its warps, and into how many shares all tokens are cut."""
+GRADIENT_TOKENS, GRADIENT_COLUMNS, GRADIENT_WARPS, GRADIENT_PROGRAMS = 64, 64, 4, 256
+"""Tokens and columns of one step of ``_gradients``, its warps, and for how many programs all tokens are cut into shares."""
 
 
 @triton.jit
@@ -246,7 +246,7 @@ def gradients_of(
         ACC=products["ACC"],
     )  # fmt: skip
     block_d = min(GRADIENT_COLUMNS, power_of_two(dim, 16))
-    num_shares = max(1, min(triton.cdiv(num_tokens, GRADIENT_TOKENS), GRADIENT_SHARES))
+    num_shares = max(1, min(triton.cdiv(num_tokens, GRADIENT_TOKENS), GRADIENT_PROGRAMS // triton.cdiv(dim, block_d)))
     tokens_each = triton.cdiv(triton.cdiv(num_tokens, num_shares), GRADIENT_TOKENS) * GRADIENT_TOKENS
     dqueries = statistic(first, num_shares, num_queries, dim)
     block_k, query_terms = _query_tile(num_queries, products), _query_terms(queries, products)
