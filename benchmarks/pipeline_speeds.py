@@ -67,16 +67,22 @@ def link(device: torch.device, number: int) -> tuple[float, float]:
 
 
 def stage_speeds(weights: Transformer, config: RunConfig, device: torch.device) -> tuple[float, float, float, float]:
-    """FLOP/s of the second stage of PreNorm forward and backward, and what a read of AttnRes costs for a source, in seconds."""
+    """FLOP/s of a stage of PreNorm forward and backward, and what a read of AttnRes costs for a source, in seconds.
+
+    The stage is the one in the middle, whose bank is the mean one: what a read costs whatever its sources is spread over them.
+    """
     found: list[tuple[float, float]] = []
-    model = config.model
+    model, middle = config.model, 4
     for arm in (replace(model, residual=ResidualConfig(rule="prenorm")), model):
         plan = make_plan(model, 2, 4)
         plan = plan if arm is model else replace(plan, starts=())
-        stage = Stage(build(weights, arm), replace(plan, cache=False), 1).to(device)
+        stage = Stage(build(weights, arm), replace(plan, cache=False), middle).to(device)
+        if config.compile == "layers":
+            for sublayer in stage.sublayers.values():
+                sublayer.compile()
         shape = (config.data.micro_batch or 1, model.context, model.dim)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        count = replace(plan, cache=False).tensors(1)
+        count = replace(plan, cache=False).tensors(middle)
         received = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(count)]
         tokens = torch.zeros(shape[:2], dtype=torch.int64, device=device)
         best = [float("inf")] * 2
@@ -98,7 +104,7 @@ def stage_speeds(weights: Transformer, config: RunConfig, device: torch.device) 
                 for before, part in zip(best, parts, strict=True)
             ]
         found.append((best[0], best[1]))
-    sites = make_plan(model, 2, 4).sites(1)
+    sites = make_plan(model, 2, 4).sites(middle)
     prenorm = site_costs(replace(model, residual=ResidualConfig(rule="prenorm")))
     flops = shape[0] * model.context * sum(prenorm[site] for site in sites)
     sources = sum(source_counts(model)[site] for site in sites)

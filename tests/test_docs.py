@@ -147,6 +147,18 @@ def test_sentences_about_the_kernels_are_their_result() -> None:
         assert f"{step} over PreNorm in a model's step" in page.read_text(), page
 
 
+def test_sentences_about_two_gpus_are_their_result() -> None:
+    folder = RESULTS / "2026-11-22_pipeline"
+    rows = json.loads((folder / "result.json").read_text())["rows"]
+    over = {row["arm"]: row["over_prenorm"] for row in rows if row["metric"] == "tokens_per_s"}
+    cached, naive, fsdp = (f"{100 - 100 * over[arm]:.1f} %" for arm in ("cached", "naive", "fsdp"))
+    for page in (folder / "README.md", ROOT / "docs/parallel.md", ROOT / "docs/log.md"):
+        text = page.read_text()
+        assert all(share in text for share in (cached, naive, fsdp, f"{100 - 100 * over['tp']:.0f} %")), page
+    assert f"cross-stage caching makes {cached} fewer tokens per second" in (ROOT / "README.md").read_text()
+    assert f"on two H200s: {cached} below PreNorm with the cache" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_each_kernels_share_is_the_probes() -> None:
     table = re.findall(
         r"^\| (\w.*) \| (\d+) \| ([\d.]+) \| (\d+) % \|$", (KERNELS / "README.md").read_text(), re.MULTILINE
