@@ -132,10 +132,32 @@ def _backward(
     tl.store(out + dim, dw, inside)
 
 
+@triton.jit
+def _weight_gradients(
+    dweights, dquery, dnorm_weight, num_shares, dim,
+    INTER: tl.constexpr, NORM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Some columns of dq (``program_id(1)`` 0) or dw (1): the shares of all programs, added in a fixed order."""
+    d, which = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.program_id(1)
+    inside = d < dim
+    total = tl.zeros([BLOCK_S, BLOCK_D], ACC)
+    for start in range(0, num_shares, BLOCK_S):
+        share = start + tl.arange(0, BLOCK_S)
+        at = (2 * share + which)[:, None] * dim + d[None, :]
+        total += tl.load(dweights + at, (share < num_shares)[:, None] & inside[None, :], other=0)
+    found = tl.sum(total, 0)
+    if INTER:
+        tl.store(dquery + d, found.to(dquery.dtype.element_ty), inside & (which == 0))
+    if NORM:
+        tl.store(dnorm_weight + d, found.to(dnorm_weight.dtype.element_ty), inside & (which == 1))
+
+
 BACKWARD_PROGRAMS, BACKWARD_STAGES = 2, 3
 """Programs of ``_backward`` on each multiprocessor, and how many tokens' rows one of them has on the way."""
 BACKWARD_ELEMENTS, BACKWARD_BYTES = 2048, 65536
 """Elements of a tensor that it takes at a time, if a row is not longer, and the most shared memory for those on the way."""
+SHARES, SHARE_COLUMNS = 64, 32
+"""Shares that ``_weight_gradients`` takes at a time, and columns of one of its programs."""
 
 
 def _tile(dim: int, few: bool) -> tuple[int, int, int]:
@@ -191,8 +213,9 @@ def _(partial, output, inter, lse, query, norm_weight, eps, norm_eps, return_mix
 def update_read_backward(
     total: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None, norm_weight: Tensor | None, stats: Tensor,
     dtotal_in: Tensor | None, dx: Tensor | None, dmix: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of b and f alike [tokens, D], of the inter-block part and its lse (empty without one), and [dq, dw] [2, D]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of b and f alike [tokens, D], of the inter-block part and its lse, of the query and of the norm's weight [D];
+    empty where there is none."""
     num_tokens, dim = total.shape
     dtotal = torch.empty_like(total)
     dinter = torch.empty_like(total) if inter is not None else total.new_empty(0)
@@ -205,7 +228,13 @@ def update_read_backward(
         INTER=inter is not None, NORM=dx is not None, DTOTAL=dtotal_in is not None, DMIX=dmix is not None,
         BLOCK_T=block_t, BLOCK_D=block_d, ACC=accumulator(total), STAGES=stages, num_warps=num_warps,
     )  # fmt: skip
-    return dtotal, dinter, dlse, dweights.sum(0)
+    dquery = torch.empty_like(query) if inter is not None and query is not None else total.new_empty(0)
+    dnorm_weight = torch.empty_like(norm_weight) if dx is not None and norm_weight is not None else total.new_empty(0)
+    _weight_gradients[(triton.cdiv(dim, SHARE_COLUMNS), 2)](
+        dweights, dquery, dnorm_weight, programs, dim, INTER=inter is not None, NORM=dx is not None, BLOCK_S=SHARES,
+        BLOCK_D=SHARE_COLUMNS, ACC=accumulator(total), num_warps=4,
+    )  # fmt: skip
+    return dtotal, dinter, dlse, dquery, dnorm_weight
 
 
 @update_read_backward.register_fake
@@ -215,7 +244,8 @@ def _(total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix):
         torch.empty_like(total),
         torch.empty_like(total) if here else total.new_empty(0),
         stats.new_empty(total.shape[0] if here else 0),
-        stats.new_empty(2, total.shape[1]),
+        torch.empty_like(query) if here else total.new_empty(0),
+        torch.empty_like(norm_weight) if dx is not None else total.new_empty(0),
     )
 
 
@@ -246,14 +276,13 @@ class _Update(torch.autograd.Function):
         dmix = rest[-1] if is_mixed else None
         if dx is None and dmix is None:
             return dtotal_in if is_sum else None, dtotal_in, *(None for _ in range(7))
-        dtotal, dinter, dlse, dweights = update_read_backward(
+        dtotal, dinter, dlse, dquery, dnorm_weight = update_read_backward(
             total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix
         )
         here = inter is not None
         return (
             dtotal if is_sum else None, dtotal, dinter if here else None, dlse if here else None,
-            dweights[0].to(query.dtype) if here else None, dweights[1].to(norm_weight.dtype) if dx is not None else None,
-            None, None, None,
+            dquery if here else None, dnorm_weight if dx is not None else None, None, None, None,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from fathom import kernels
-from fathom.kernels import use_backend
+from fathom.kernels import update, use_backend
 from tests.kernels.cases import DRAWS, DTYPES, assert_as_good_as_plain, run
 
 
@@ -42,6 +42,12 @@ def test_equals_the_equation(tokens: int, d: int, dtype: torch.dtype, device: st
 def test_every_variant(partial: bool, inter: bool, norm: bool, mix: bool, device: str):
     inputs = make(5, 40, DTYPES[0], device, partial=partial, inter=inter, norm=norm)
     assert_as_good_as_plain(lambda leaves: call(leaves, return_mix=mix), inputs)
+
+
+def test_weight_gradients_of_many_programs(device: str, monkeypatch: pytest.MonkeyPatch):
+    """More shares than are taken at a time, and not a multiple."""
+    monkeypatch.setattr(update, "BACKWARD_PROGRAMS", 70)
+    assert_as_good_as_plain(call, make(8 * 70, 40, DTYPES[0], device))
 
 
 def test_gradcheck(device: str):
