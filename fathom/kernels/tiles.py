@@ -68,12 +68,12 @@ def rsqrt(x):
 
 
 @triton.jit
-def two_sums(a, b, DIM: tl.constexpr, TOGETHER: tl.constexpr):
-    """Sums of ``a`` and ``b`` over ``DIM``, the last one. ``TOGETHER`` they cost one exchange between warps, where that counts;
-    not in the interpreter, because numpy adds a tile of both up one by one, and the error grows with their number."""
-    if TOGETHER:
-        return tl.split(tl.sum(tl.join(a, b), DIM))
-    return tl.sum(a, DIM), tl.sum(b, DIM)
+def four_sums(a, b, c, d, DIM: tl.constexpr):
+    """Sums of four tiles over ``DIM``, their last one, for one exchange between warps."""
+    first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), DIM))
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    return a, b, c, d
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -138,6 +138,12 @@ def warps(elements: int) -> int:
 
 FEW_TOKENS = 256
 """So many do not keep a GPU busy with programs that take several each: what counts is how long one of them takes."""
+
+
+def sums_together(tensor: Tensor, columns: int) -> bool:
+    """Whether ``four_sums`` of a row of ``tensor`` pays: several warps share it. In the interpreter in float64 alone: numpy adds
+    such tiles up one by one, with an error that grows with their length."""
+    return few_warps(columns) > 1 and (tensor.is_cuda or tensor.dtype == torch.float64)
 
 
 def few_warps(columns: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fathom.kernels.tiles import (
     accumulator,
     few_warps,
+    four_sums,
     is_aligned,
     padded,
     pick,
@@ -25,7 +26,7 @@ from fathom.kernels.tiles import (
     rsqrt,
     statistic,
     strides_of,
-    two_sums,
+    sums_together,
 )
 
 ELEMENTS = 16384
@@ -63,7 +64,10 @@ def _turn(
             h = h * shrink + tl.sum(p[:, None] * rows, 0)
             mass = mass * shrink + tl.sum(p, 0)
             top = higher
-    square, dot = two_sums(v * v, v * q, 0, TOGETHER)
+    if TOGETHER:
+        square, dot, other, cross = four_sums(v * v, v * q, h * h, h * v, 0)
+    else:
+        square, dot = tl.sum(v * v, 0), tl.sum(v * q, 0)
     r = rsqrt(square / dim + eps)
     score = dot * r
     tl.store(scores + k * num_tokens + t, score)
@@ -77,7 +81,12 @@ def _turn(
         tl.store(lse + k * num_tokens + t, higher + tl.log(mass))
         if NORM:  # noqa: SIM102 (Triton knows it beforehand, and k only later)
             if k == 0:
-                h = h * w * rsqrt(tl.sum(h * h, 0) / dim + norm_eps)
+                if TOGETHER:  # Σ h² from the sums above
+                    length = shrink * (shrink * other + 2 * p * cross) + p * p * square
+                    length = tl.maximum(length, 0) / (mass * mass)
+                else:
+                    length = tl.sum(h * h, 0)
+                h = h * w * rsqrt(length / dim + norm_eps)
         tl.store(pick(outs, k, S, ALIGNED) + t * dim + d, h.to(element), inside)
 
 
@@ -100,6 +109,6 @@ def turn(
         tuple(outs), lse, num_sources, num_tokens, dim, eps, norm_eps, PARTIAL=partial is not None, N=count,
         AT_ONCE=max(1, min(8, ELEMENTS // block_d, power_of_two(max(1, count)))), S=num_reads, NORM=norm_weight is not None,
         BLOCK_D=block_d, ALIGNED=is_aligned(output, *sources, *outs), ACC=accumulator(output), BYTES=output.element_size(),
-        ACC_BYTES=scores.element_size(), TOGETHER=output.is_cuda, num_warps=few_warps(block_d),
+        ACC_BYTES=scores.element_size(), TOGETHER=sums_together(output, block_d), num_warps=few_warps(block_d),
     )  # fmt: skip
     return total, scores, outs, lse

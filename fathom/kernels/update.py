@@ -27,11 +27,12 @@ from fathom.kernels.tiles import (
     FEW_TOKENS,
     accumulator,
     few_warps,
+    four_sums,
     multiprocessors,
     power_of_two,
     rsqrt,
     statistic,
-    two_sums,
+    sums_together,
     warps,
 )
 
@@ -59,7 +60,10 @@ def _forward(
         o = tl.load(inter + at, mask, other=0).to(ACC)
         q = tl.load(query + d, inside, other=0).to(ACC)
         before = tl.load(lse + t, here, other=0)
-        square, dot = two_sums(b * b, b * q[None, :], 1, TOGETHER)
+        if TOGETHER:
+            square, dot, other, cross = four_sums(b * b, b * q[None, :], o * o, o * b, 1)
+        else:
+            square, dot = tl.sum(b * b, 1), tl.sum(b * q[None, :], 1)
         r = rsqrt(tl.where(here, square / dim + eps, 1.0))
         s = dot * r
         a = 1 / (1 + tl.exp(before - s))
@@ -72,7 +76,11 @@ def _forward(
     if MIX:
         tl.store(mix_out + at, h.to(element), mask)
     if NORM:
-        m = rsqrt(tl.where(here, tl.sum(h * h, 1) / dim + norm_eps, 1.0))
+        if TOGETHER and INTER:  # Σ h² from the sums above, since h = (1 − a) o + a b
+            length = tl.maximum((1 - a) * ((1 - a) * other + 2 * a * cross) + a * a * square, 0)
+        else:
+            length = tl.sum(h * h, 1)
+        m = rsqrt(tl.where(here, length / dim + norm_eps, 1.0))
         tl.store(stats + 2 * num_tokens + t, m, here)
         if not FEW:
             w = tl.load(norm_weight + d, inside, other=0).to(ACC)
@@ -196,7 +204,7 @@ def update_read_op(
     _forward[(triton.cdiv(num_tokens, block_t),)](
         partial, output, inter, lse, query, norm_weight, total, x, mix, stats, num_tokens, dim, eps, norm_eps,
         PARTIAL=partial is not None, INTER=inter is not None, NORM=norm_weight is not None, MIX=return_mix,
-        BLOCK_T=block_t, BLOCK_D=block_d, FEW=few, TOGETHER=few and output.is_cuda, ACC=accumulator(output),
+        BLOCK_T=block_t, BLOCK_D=block_d, FEW=few, TOGETHER=few and sums_together(output, block_d), ACC=accumulator(output),
         num_warps=num_warps,
     )  # fmt: skip
     return [tensor for tensor in (total, x, mix, stats) if tensor is not None]
