@@ -81,9 +81,13 @@ def _turn(
         tl.store(lse + k * num_tokens + t, higher + tl.log(mass))
         if NORM:  # noqa: SIM102 (Triton knows it beforehand, and k only later)
             if k == 0:
-                if TOGETHER:  # Σ h² from the sums above
-                    length = shrink * (shrink * other + 2 * p * cross) + p * p * square
-                    length = tl.maximum(length, 0) / (mass * mass)
+                if TOGETHER:  # Σ h² from the sums above, but where those cancel
+                    parts = shrink * shrink * other + p * p * square
+                    length = parts + 2 * shrink * p * cross
+                    if 4 * length < parts:
+                        length = tl.sum(h * h, 0)
+                    else:
+                        length /= mass * mass
                 else:
                     length = tl.sum(h * h, 0)
                 h = h * w * rsqrt(length / dim + norm_eps)

@@ -76,8 +76,11 @@ def _forward(
     if MIX:
         tl.store(mix_out + at, h.to(element), mask)
     if NORM:
-        if TOGETHER and INTER:  # Σ h² from the sums above, since h = (1 − a) o + a b
-            length = tl.maximum((1 - a) * ((1 - a) * other + 2 * a * cross) + a * a * square, 0)
+        if TOGETHER and INTER:  # Σ h² from the sums above, since h = (1 − a) o + a b, but where those cancel
+            parts = (1 - a) * (1 - a) * other + a * a * square
+            length = parts + 2 * a * (1 - a) * cross
+            if tl.max((4 * length < parts).to(tl.int32), 0) > 0:
+                length = tl.sum(h * h, 1)
         else:
             length = tl.sum(h * h, 1)
         m = rsqrt(tl.where(here, length / dim + norm_eps, 1.0))

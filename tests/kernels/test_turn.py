@@ -1,5 +1,7 @@
 """A block's end and the next one's reads in one launch, against the float64 equation; and the stream that is served by it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,6 +51,25 @@ def test_equals_the_equation(
         pairs.append([[error(x, t) for x, t in zip(each, truth, strict=True)] for each in found])
     for index, (kernel, plain) in enumerate(zip(*torch.tensor(pairs).mean(0).tolist(), strict=True)):
         assert kernel <= max(2 * plain, ROUNDINGS[dtype]), (index, kernel, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_cancels_is_normalised_as_well(dtype: torch.dtype, device: str):
+    """Where a read is a thousandth of what it is made of, its norm is not that of rounding errors."""
+    wide, (tokens, d) = torch.promote_types(dtype, torch.float32), (3, 1024)
+    value = torch.randn(tokens, d)
+    rows = [each.to(device, dtype) for each in (value, 1e-3 * torch.randn(tokens, d) - value)]
+    scores, weight = torch.zeros(2, tokens, device=device, dtype=wide), torch.rand(d).to(device, wide)
+
+    def normalised(backend: str, wider: Callable[[Tensor], Tensor] = lambda x: x) -> list[Tensor]:
+        a, b, s, w = map(wider, (*rows, scores, weight))
+        with use_backend(backend), torch.no_grad():  # type: ignore[arg-type]
+            turned = kernels.turn(None, b, [a], [s], torch.zeros_like(a[:2], dtype=s.dtype), 1, norm_weight=w)[2][0]
+            return [turned, kernels.update_read(None, b, a, s[0], torch.zeros_like(w), norm_weight=w)[1]]
+
+    found = zip(normalised("triton"), normalised("reference"), normalised("reference", Tensor.double), strict=True)
+    for kernel, plain, truth in found:
+        assert error(kernel, truth) <= max(2 * error(plain, truth), ROUNDINGS[dtype])
 
 
 @pytest.mark.parametrize("stream", [
