@@ -18,6 +18,7 @@ from fathom.block import BlockAttnRes
 from fathom.errors import UserError
 from fathom.full import FullAttnRes
 from fathom.hf.dialects import from_k3, k3_names, to_k3
+from fathom.inference.blocks import FusedBlocks
 from fathom.models.config import ResidualConfig
 from fathom.models.kimi_config import KimiConfig
 from fathom.models.transformer import Transformer
@@ -107,10 +108,9 @@ def to_release(model: Transformer) -> dict[str, Tensor]:
 
 
 def _attnres(model: Transformer) -> BlockAttnRes | FullAttnRes | None:
-    """The stream of ``model`` if it is AttnRes itself: an ablation of it has other parameters."""
-    return (
-        cast("BlockAttnRes | FullAttnRes", model.stream) if type(model.stream) in (BlockAttnRes, FullAttnRes) else None
-    )
+    """The stream of ``model`` if it is AttnRes itself, served or not: an ablation of it has other parameters."""
+    kinds = (BlockAttnRes, FullAttnRes, FusedBlocks)
+    return cast("BlockAttnRes | FullAttnRes", model.stream) if type(model.stream) in kinds else None
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ class FusedBlocks(BlockAttnRes):
         if isinstance(stream, BlockAttnRes):
             self.starts, self.block_of_site = stream.starts, stream.block_of_site
         self.query, self.key_gain = stream.query, stream.key_gain
+        self.names = [stream.source_names(site) for site in range(stream.num_sublayers + 1)]
 
     def start(self, embedding: Tensor) -> BlockState:
         return BlockState((), None, embedding, ahead=Ahead(fold_gain(self.query, self.key_gain), ()))
@@ -37,3 +38,6 @@ class FusedBlocks(BlockAttnRes):
         later = Ahead(ahead.queries[num_reads:], tuple(each[num_reads:] for each in (*ahead.scores, own)))
         queries = ahead.queries[:num_reads].unbind(0)
         return BlockState((*state.bank, source), None, None, tuple(outs), tuple(lses), queries, ahead=later)
+
+    def source_names(self, site: int) -> list[str]:
+        return self.names[site]

@@ -90,6 +90,7 @@ def test_the_served_stream_is_the_trained_one(stream: BlockAttnRes | FullAttnRes
         with torch.no_grad(), use_backend(backend):  # type: ignore[arg-type]
             state = each.start(torch.arange(32.0, dtype=torch.float64, device=device).view(2, 1, 16) / 16)
             for site in range(stream.num_sublayers):
+                assert each.source_names(site) == stream.source_names(site)
                 found.append(each.weights(state, site))
                 x, state = each.read(state, site, norm.to(device).double() if isinstance(norm, RMSNorm) else norm)
                 found.append(x)

@@ -116,6 +116,19 @@ def test_the_weights_of_reads_go_with_them(ours):
     assert torch.equal(again.stream.query, model.stream.query)
 
 
+def test_a_served_model_goes_out_too():
+    """With its gain in the queries, and the same reads."""
+    model = build(replace(CONFIG, residual=ResidualConfig(rule="block", block_size=4)))
+    torch.nn.init.normal_(model.stream.query)
+    torch.nn.init.normal_(model.stream.key_gain)
+    before = to_release(model)
+    after = to_release(Engine(model).model)
+    assert after.keys() == before.keys()
+    for name in (name for name in before if name.endswith("res_proj.weight")):
+        folded = before[name] * before[name.replace("proj", "norm")]
+        assert torch.equal(after[name] * after[name.replace("proj", "norm")], folded)
+
+
 def test_damaged_weights_are_named(ours):
     tensors = to_release(ours)
     for change, message in (
