@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fathom import two_phase
-from fathom.depth_attention import EPS, depth_attention_weights, fold_gain
+from fathom.depth_attention import EPS, compute_dtype, depth_attention_weights, fold_gain
 from fathom.errors import UserError
 
 Backend = Literal["auto", "reference", "triton"]
@@ -159,7 +159,7 @@ def mix(
         from fathom.kernels import mixes as kernel
         from fathom.kernels.tiles import as_rows
 
-        flat = [each.reshape(each.shape[0], -1).contiguous() for each in scores]
+        flat = [each.reshape(each.shape[0], -1).to(compute_dtype(first)).contiguous() for each in scores]
         rows, lse, passed = kernel.mix([as_rows(source) for source in sources], flat)
         outs, lses = [row.view(shape) for row in rows], [row.view(shape[:-1]) for row in lse.unbind(0)]
         sources = [row.view(shape) for row in passed]
@@ -192,14 +192,25 @@ def turn(
 
     Returns the source and its scores as ``score`` does, then the reads and their lse as ``mix`` does. Where no gradient is
     wanted and the tokens are few, one kernel does it all.
+
+    Raises ``UserError`` (a ``ValueError``) naming the argument that has a wrong shape, dtype or device.
     """
+    shape, num_queries = _check_sources([output, *bank]), len(queries)
+    _check("partial", partial, shape, output)
+    _check("queries", queries, (num_queries, shape[-1]), output, dtype=False)
+    if not 1 <= num_reads <= num_queries:
+        raise UserError(f"num_reads is {num_reads}: it must be between 1 and the {num_queries} queries")
+    if len(scores) != len(bank):
+        raise UserError(f"there are {len(scores)} scores for {len(bank)} sources: each source has its own")
+    for index, each in enumerate(scores):
+        _check(f"scores[{index}]", each, (num_queries, *shape[:-1]), output, dtype=False)
+    _check("norm_weight", norm_weight, shape[-1:], output, dtype=False)
     if backend_for(output.device, output.dtype) == "triton" and not torch.is_grad_enabled():
         from fathom.kernels import turns as kernel
         from fathom.kernels.tiles import FEW_TOKENS, as_rows
 
-        shape = tuple(output.shape)
         if output.shape[:-1].numel() <= FEW_TOKENS:
-            flat = [each.reshape(len(each), -1).contiguous() for each in scores]
+            flat = [each.reshape(num_queries, -1).to(compute_dtype(output)).contiguous() for each in scores]
             before = None if partial is None else as_rows(partial).contiguous()
             source, own, rows, lse = kernel.turn(
                 before, as_rows(output).contiguous(), [as_rows(each) for each in bank], flat, queries.contiguous(),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fathom import kernels
 from fathom.block import BlockAttnRes
+from fathom.errors import UserError
 from fathom.full import FullAttnRes
 from fathom.inference.blocks import FusedBlocks
 from fathom.kernels import mixes, scores, turns, update, use_backend
@@ -132,3 +133,43 @@ def test_with_gradients_or_many_tokens_it_is_score_and_mix(device: str):
         _, own, outs, _ = kernels.turn(few[3], few[2], few[4:6], few[6:], queries, 2)
     (own.sum() + outs[1].sum()).backward()
     assert queries.grad is not None and queries.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_what_does_not_fit_is_named(backend: str, device: str):
+    """A kernel would read beyond it, or read it as another dtype."""
+    queries, weight, output, partial, *rest = make(2, 2, 1, 24, 3, torch.float32, device)
+    given = {
+        "partial": partial,
+        "output": output,
+        "bank": rest[:2],
+        "scores": rest[2:],
+        "queries": queries,
+        "num_reads": 2,
+    }
+    wrong = {
+        r"sources\[1\] is torch.float16": {"bank": [rest[0].half(), rest[1]]},
+        r"sources\[2\] has shape \(2, 24\)": {"bank": [rest[0], rest[1][:2]]},
+        r"partial has shape": {"partial": partial[:, :8]},
+        r"scores\[0\] has shape \(2, 3\)": {"scores": [each[:2] for each in rest[2:]]},
+        r"there are 1 scores for 2 sources": {"scores": rest[2:3]},
+        r"queries has shape \(3, 8\)": {"queries": queries[:, :8]},
+        r"num_reads is 4": {"num_reads": 4},
+        r"norm_weight has shape": {"norm_weight": weight[:8]},
+    }
+    with use_backend(backend), torch.no_grad():  # type: ignore[arg-type]
+        for message, change in wrong.items():
+            with pytest.raises(UserError, match=message):
+                kernels.turn(**{**given, **change})
+
+
+def test_scores_may_be_rounded(device: str):
+    _, _, _, _, *rest = make(2, 2, 1, 24, 3, torch.float32, device)
+    rounded = [each.half() for each in rest[2:]]
+    with use_backend("triton"), torch.no_grad():
+        for each in (
+            lambda scores: kernels.mix(rest[:2], scores)[0],
+            lambda scores: kernels.turn(None, rest[0], rest[:2], scores, torch.ones(3, 24, device=device), 2)[2],
+        ):
+            pairs = zip(each(rounded), each([score.float() for score in rounded]), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
