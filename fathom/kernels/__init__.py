@@ -214,7 +214,7 @@ def turn(
             before = None if partial is None else as_rows(partial).contiguous()
             source, own, rows, lse = kernel.turn(
                 before, as_rows(output).contiguous(), [as_rows(each) for each in bank], flat, queries.contiguous(),
-                num_reads, norm_weight, eps, norm_eps,
+                num_reads, None if norm_weight is None else norm_weight.contiguous(), eps, norm_eps,
             )  # fmt: skip
             reads = [row.view(shape) for row in rows]
             return source.view(shape), own.view(-1, *shape[:-1]), reads, [row.view(shape[:-1]) for row in lse.unbind(0)]

@@ -135,6 +135,15 @@ def test_with_gradients_or_many_tokens_it_is_score_and_mix(device: str):
     assert queries.grad is not None and queries.grad.isfinite().all()
 
 
+def test_strided_inputs_give_the_same(device: str):
+    plain = make(2, 2, 1, 24, 3, torch.float32, device)
+    strided = [torch.stack((leaf, leaf), -1)[..., 0] for leaf in plain]
+    assert not any(leaf.is_contiguous() for leaf in strided)
+    expected = turned("triton", plain, 2, 2, partial=True, norm=True)
+    for value, other in zip(turned("triton", strided, 2, 2, partial=True, norm=True), expected, strict=True):
+        assert torch.equal(value, other)
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_what_does_not_fit_is_named(backend: str, device: str):
     """A kernel would read beyond it, or read it as another dtype."""
