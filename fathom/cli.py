@@ -181,7 +181,8 @@ class UsageError(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (``sys.argv`` if not given) and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+        # A terminal that cannot show a character is no reason to stop; and who reads from a pipe sees each line as it comes.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         code = _run(sys.argv[1:] if argv is None else list(argv))
         if sys.stdout is not None:  # closed by the caller: `fathom ... >&-`

@@ -339,8 +339,9 @@ def test_the_server_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     line = f"ask serve paper-table2 --log {tmp_path}/log.jsonl --keys {tmp_path}/keys.json --port {port}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""}
     process = subprocess.Popen([sys.executable, "-m", "fathom.cli", *shlex.split(line)], stdout=subprocess.PIPE,
-                               text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+                               text=True, cwd=tmp_path, env=environment)  # fmt: skip
     try:
         assert process.stdout is not None and "1469094f43e0, ok" in process.stdout.readline().replace("\n", "")
         request = urllib.request.Request(
