@@ -94,9 +94,7 @@ class Transformer(nn.Module):
 
     def loss(self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
         """Mean cross-entropy in nats, computed in float32 at least."""
-        logits = self(tokens)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return next_token_loss(self(tokens), targets)
 
     def depth_weights(self, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "N B T"]]:
         """The depth-attention weights of every site, the output's last; ``UserError`` for a rule that has none."""
@@ -107,6 +105,15 @@ class Transformer(nn.Module):
 
         self.hidden(tokens, observe=record)
         return weights
+
+
+def next_token_loss(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy in nats, in float32 at least, of the targets that are not -100.
+
+    Eager, it writes several float32 copies of the logits; compiled, none: they are cast as they are read.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()

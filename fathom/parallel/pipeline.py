@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleLoopedBFS
 
-from fathom.models.transformer import Transformer
+from fathom.models.transformer import Transformer, next_token_loss
 from fathom.parallel.config import Recompute, check_micro_batches, check_schedule
 from fathom.parallel.plan import Plan, make_plan
 from fathom.parallel.shard import reshard, shard
@@ -32,7 +31,7 @@ logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRI
 
 
 IGNORED = -100
-"""The target of a token without one."""
+"""The target of a token without one: what ``F.cross_entropy`` leaves out."""
 
 
 class _Gather(torch.autograd.Function):
@@ -169,12 +168,6 @@ class CachedStage(PipelineStage):
             self.cache.release(micro_batch)
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """As ``Transformer.loss``: mean cross-entropy in nats, in float32 at least."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-
-
 class Pipeline:
     """This rank's stages of ``model`` and a schedule that runs them; every rank of ``group`` makes one, of the same arguments.
 
@@ -245,8 +238,10 @@ class Pipeline:
         kind: Any = kinds[schedule]
         single = kind in (ScheduleGPipe, Schedule1F1B)
 
+        loss_of = torch.compile(next_token_loss) if compile else next_token_loss
+
         def share_of_loss(logits: Tensor, targets: Tensor) -> Tensor:
-            return next_token_loss(logits, targets) / shares
+            return loss_of(logits, targets) / shares
 
         self.schedule = kind(parts[0] if single else parts, num_micro_batches, loss_fn=share_of_loss)
 

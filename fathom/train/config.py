@@ -80,7 +80,7 @@ class RunConfig:
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: autocast and a bf16 stream over float32 parameters, gradients and optimizer state."""
     compile: Literal["none", "layers", "model"] = "none"
-    """torch.compile: each kind of sublayer once (starts in seconds), or the whole model (fastest, minutes to start)."""
+    """torch.compile: the loss and each kind of sublayer once (starts in seconds), or the whole model (minutes to start)."""
     deterministic: bool = False
     """Deterministic GPU kernels, so that a resumed run equals an unbroken one bit for bit (a CPU run always does)."""
     eval_every: int = 50

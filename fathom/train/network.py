@@ -4,19 +4,30 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fathom.models.moe import balance
-from fathom.models.transformer import Transformer
+from fathom.models.transformer import Transformer, next_token_loss
 from fathom.parallel.ranks import Ranks
 from fathom.train import checkpoint
 from fathom.train.checkpoint import Progress
 from fathom.train.config import RunConfig
 from fathom.train.optimizers import make_optimizers
+
+LossOf = Callable[[Tensor, Tensor], Tensor]
+
+
+def compile_layers(model: Transformer, config: RunConfig) -> LossOf:
+    """Compile the sublayers of ``model`` if ``config`` asks for it; returns the loss of logits and targets, compiled likewise."""
+    if config.compile != "layers":
+        return next_token_loss
+    for sublayer in model.sublayers:
+        sublayer.compile()
+    return torch.compile(next_token_loss)
 
 
 class Network:
@@ -28,10 +39,10 @@ class Network:
         self.parts: list[nn.Module] = [self.model]
         """The modules whose parameters this process holds."""
         self.optimizers = make_optimizers(self.parts, config.optim)
-        self._loss = torch.compile(model.loss) if config.compile == "model" else model.loss
-        if config.compile == "layers":
-            for sublayer in model.sublayers:
-                sublayer.compile()
+        loss_of = compile_layers(model, config)
+        self._loss: LossOf = lambda tokens, targets: loss_of(model(tokens), targets)
+        if config.compile == "model":
+            self._loss = torch.compile(model.loss)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")

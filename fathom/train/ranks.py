@@ -20,10 +20,10 @@ from fathom.errors import UserError
 from fathom.models.kimi_config import KimiConfig
 from fathom.models.kimi_linear import build
 from fathom.models.moe import balance
-from fathom.models.transformer import Transformer
+from fathom.models.transformer import Transformer, next_token_loss
 from fathom.parallel import checkpoint as distributed
 from fathom.parallel.experts import shard_experts
-from fathom.parallel.pipeline import Pipeline, next_token_loss
+from fathom.parallel.pipeline import Pipeline
 from fathom.parallel.plan import describe, whole
 from fathom.parallel.ranks import Ranks
 from fathom.parallel.shard import reshard, shard
@@ -32,7 +32,7 @@ from fathom.parallel.tensor import own_tokens, split_parameters, sum_gradients
 from fathom.train import checkpoint
 from fathom.train.checkpoint import Progress
 from fathom.train.config import RunConfig
-from fathom.train.network import Network
+from fathom.train.network import LossOf, Network, compile_layers
 from fathom.train.optimizers import make_optimizers
 
 
@@ -155,9 +155,7 @@ class ShardedNetwork(_SeveralNetwork):
         if ep := ranks.axis("ep"):  # first: a device need not hold the experts of all
             shard_experts(network, ep)
         network.to(ranks.device)
-        if config.compile == "layers":
-            for sublayer in model.sublayers:
-                sublayer.compile()
+        self._loss_of = compile_layers(model, config)
         if dp := ranks.axis("dp"):
             shard(network, dp, replicas=ranks.axis("replicas"), bf16=config.precision == "bf16")
         self.network = network
@@ -169,17 +167,17 @@ class ShardedNetwork(_SeveralNetwork):
         size = self.config.data.micro_batch or len(share)
         return [range(at, at + size) for at in range(first + share.start, first + share.stop, size)]
 
-    def _mean_loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def _mean_loss(self, tokens: Tensor, targets: Tensor, loss_of: LossOf = next_token_loss) -> Tensor:
         """This process's share of it: the shares of ``tp`` add up."""
         tp = self.ranks.axis("tp")
         if tp is not None:
             targets = own_tokens(targets, tp)
         with self._autocast():
-            loss = next_token_loss(self.network(tokens=tokens), targets)
+            loss = loss_of(self.network(tokens=tokens), targets)
         return loss if tp is None else loss / tp.size()
 
     def backward(self, tokens: Tensor, targets: Tensor, share: float) -> Tensor:
-        loss = self._mean_loss(tokens, targets) * share
+        loss = self._mean_loss(tokens, targets, self._loss_of) * share
         loss.backward()
         return loss.detach()
 
