@@ -6,16 +6,19 @@
 
 Every seed is a data order that both models see. The rate is the control's: of ``--rates``, the one with which the unconverted
 model of seed 0 ends lowest after a third of the steps. Writes each run's metrics, and OUT/result.json anew after every run: the
-gain is that of the seeds that both models have finished. A run that is done is not run again. Weights are not kept.
+gain is that of the seeds that both models have finished. A run that is done is not run again. Weights are not kept. ``--workers``
+runs go side by side, best under NVIDIA's MPS.
 """
 
 import argparse
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,16 @@ from fathom.train.finetune import FinetuneConfig
 ARMS = ("prenorm", "block")
 
 
-def trained(model: Path, out: Path, config: FinetuneConfig) -> dict[str, Any]:
-    """The summary of a run, which is in OUT already or is made; weights and tokenizer are deleted."""
+def trained(model: Path, out: Path, config: FinetuneConfig, end: float) -> dict[str, Any] | None:
+    """The summary of a run, which is in OUT already or is made; None if it would begin after ``end``, in seconds since 1970.
+
+    Weights and tokenizer are deleted.
+    """
     if not (out / "summary.json").is_file():
         begin = time.monotonic()
+        if time.time() > end:
+            print(f"{out.name}: not begun, the minutes are over", file=sys.stderr)
+            return None
         finetune(model, out, config)
         for path in out.iterdir():
             if path.name not in ("summary.json", "metrics.jsonl", "env.json", "finetune.json"):
@@ -77,8 +86,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4, 8e-4])
     parser.add_argument("--precision", default="bf16", choices=["bf16", "float32"])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run later than this")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     given = parser.parse_args()
-    end = time.monotonic() + 60 * given.minutes
+    end = time.time() + 60 * given.minutes
     given.out.mkdir(parents=True, exist_ok=True)
     base = FinetuneConfig(
         data=DataConfig(folder=str(given.data), batch=given.batch, micro_batch=given.micro_batch), context=given.context,
@@ -107,26 +117,30 @@ def main() -> None:
         found = result | {"rate": best_rate(), "tuning": losses, "runs": every, "rows": rows_of(summaries)}
         (given.out / "result.json").write_text(json.dumps(found, indent=2) + "\n")
 
-    def in_time() -> bool:
-        if time.monotonic() < end:
-            return True
-        print(f"no more runs: {given.minutes:g} minutes are over", file=sys.stderr)
-        return False
-
-    for rate in given.rates:
-        if not in_time():
-            return
-        tuning[rate] = trained(given.original, given.out / f"tune-{rate:g}", at(rate, steps=max(1, given.steps // 3)))
-        save()
-    for seed in range(given.seeds):
-        for arm, model in zip(ARMS, (given.original, given.converted), strict=True):
-            if not in_time():
+    models = dict(zip(ARMS, (given.original, given.converted), strict=True))
+    context, precise = multiprocessing.get_context("spawn"), torch.set_float32_matmul_precision
+    with ProcessPoolExecutor(given.workers, context, initializer=precise, initargs=("high",)) as pool:
+        short = max(1, given.steps // 3)
+        tries = {
+            rate: pool.submit(trained, given.original, given.out / f"tune-{rate:g}", at(rate, steps=short), end)
+            for rate in given.rates
+        }
+        for rate, one in tries.items():
+            if (summary := one.result()) is None:
                 return
-            summaries[arm].append(trained(model, given.out / f"{arm}-seed{seed}", at(best_rate(), seed=seed)))
+            tuning[rate] = summary
+            save()
+        runs = [
+            (arm, pool.submit(trained, models[arm], given.out / f"{arm}-seed{seed}", at(best_rate(), seed=seed), end))
+            for seed in range(given.seeds) for arm in ARMS
+        ]  # fmt: skip
+        for arm, one in runs:
+            if (summary := one.result()) is None:
+                return
+            summaries[arm].append(summary)
             save()
     print(json.dumps(rows_of(summaries), indent=2))
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     main()
