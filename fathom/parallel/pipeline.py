@@ -2,9 +2,9 @@
 
 A ``PipelineStage`` has its own number of tensors in and out, which is all that a hop of varying size needs. What a rank has
 seen stays in its ``SourceCache``, one entry a micro-batch, of which ``torch.distributed`` knows nothing: a later stage of the
-rank reads a source as a *leaf*, the same memory without history, and autograd adds up the gradients of all such readers in the
-leaf's ``grad``. When the backward pass comes to the stage that the source entered the rank by, ``_Gather`` adds that sum to the
-gradient there, and one tensor goes back over the hop. Source and leaf go when the micro-batch has ended.
+rank reads a source as a *leaf*, the same memory without history, whose ``grad`` is what all such readers have found so far. The
+backward pass of each stage before begins by taking that up (``_TakeUp``) and ends by leaving it there, its own part added; in the
+stage that the source entered the rank by, it goes back over the hop, one tensor. A leaf goes when the micro-batch has ended.
 """
 
 import logging
@@ -34,57 +34,55 @@ IGNORED = -100
 """The target of a token without one: what ``F.cross_entropy`` leaves out."""
 
 
-class _Gather(torch.autograd.Function):
-    """The identity; backward adds the gradient that later stages of the rank have left on ``entry``'s leaf."""
+class _TakeUp(torch.autograd.Function):
+    """The identity of what leaves a stage; backward hands to the stage's ``bank`` what later stages have left on its ``leaves``.
+
+    So that sum flows through the stage's own reads, which add to it, and autograd puts what comes out into an empty ``grad``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, entry: "_Entry") -> Tensor:
-        ctx.entry = entry
-        return source.detach()  # no view, of which FSDP2 would warn
+    def forward(ctx: Any, leaves: Sources, *bank_and_leaving: Tensor) -> Sources:
+        ctx.leaves = leaves
+        return tuple(tensor.detach() for tensor in bank_and_leaving[len(leaves) :])  # no view, of which FSDP2 would warn
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        late = ctx.entry.leaf.grad
-        assert late is not None, "a cached source's gradient is due before its readers' backward pass has run"
-        ctx.entry.leaf.grad = None
-        return gradients[0] + late, None
-
-
-class _Entry:
-    def __init__(self, source: Tensor) -> None:
-        self.leaf = source.detach().requires_grad_(source.requires_grad)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        late = [leaf.grad for leaf in ctx.leaves]
+        for leaf, gradient in zip(ctx.leaves, late, strict=True):
+            assert gradient is not None or not leaf.requires_grad, "later stages' backward passes have yet to run"
+            leaf.grad = None
+        del ctx.leaves  # what is sent lives longer than this pass
+        return None, *late, *gradients
 
 
 class SourceCache:
-    """The sources that a rank has seen, by micro-batch, oldest first."""
+    """The sources that a rank has seen, by micro-batch, oldest first: each a leaf, for later stages to read."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.micro_batch = -1
         """The one whose forward pass runs."""
-        self._entries: dict[int, list[_Entry]] = defaultdict(list)
+        self._leaves: dict[int, list[Tensor]] = defaultdict(list)
 
     def bank(self, stage: int, new: Sources) -> Sources:
-        """The whole bank of ``stage``, which was sent ``new``; those are kept for the rank's later stages."""
-        held = tuple(entry.leaf for entry in self._entries[self.micro_batch][: self.plan.held(stage)])
-        return (*held, *self.keep(stage, new))
+        """The whole bank of ``stage``, which was sent ``new``."""
+        return (*self._leaves[self.micro_batch][: self.plan.held(stage)], *new)
 
-    def keep(self, stage: int, sources: Sources) -> Sources:
-        """``sources``, the next ones in order, kept if a later stage of the rank reads them."""
-        return tuple(self._keep(source) for source in sources) if self.plan.keeps(stage) else sources
-
-    def _keep(self, source: Tensor) -> Tensor:
-        entry = _Entry(source)
-        self._entries[self.micro_batch].append(entry)
-        return _Gather.apply(source, entry)
+    def keep(self, stage: int, bank: Sources, leaving: Sources) -> Sources:
+        """``leaving``, what ``stage`` sends; its whole ``bank`` is kept if a later stage of the rank reads it."""
+        if not self.plan.keeps(stage):
+            return leaving
+        leaves = self._leaves[self.micro_batch]
+        leaves += [source.detach().requires_grad_(source.requires_grad) for source in bank[len(leaves) :]]
+        return _TakeUp.apply(tuple(leaves), *bank, *leaving)
 
     def release(self, micro_batch: int) -> None:
-        self._entries.pop(micro_batch, None)
+        self._leaves.pop(micro_batch, None)
 
     def nbytes(self) -> int:
         """Bytes of all that is held now, shared memory counted once."""
-        leaves = [entry.leaf.untyped_storage() for entries in self._entries.values() for entry in entries]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in leaves}.values())
+        storages = [leaf.untyped_storage() for leaves in self._leaves.values() for leaf in leaves]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class CachedStage(PipelineStage):

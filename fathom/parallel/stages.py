@@ -93,8 +93,8 @@ class Stage(nn.Module):
     """Stage ``index`` of ``plan``; shares the modules of ``model``, whose residual parameters are copied row by row.
 
     Called with the tensors of the hop into it, sources before the partial sum, and the tokens; returns those of the hop out
-    of it, or the logits. A pipeline sets ``bank``, which makes the whole bank of what was received, and ``keep``, which is
-    given the sources that the stage has finished.
+    of it, or the logits. A pipeline sets ``bank``, which makes the whole bank of what was received, and ``keep``, which at the
+    stage's end is given the whole bank and what leaves the stage, and returns the latter.
 
     ``recompute``: what the backward pass computes again, by decoder layers. Of a layer ``"full"`` keeps the partial sum that it
     begins with; ``"selective"`` its matrix products and attention as well. The bank is outside: one copy of each source.
@@ -121,7 +121,7 @@ class Stage(nn.Module):
         self.register_buffer("cos", model.cos, persistent=False)
         self.register_buffer("sin", model.sin, persistent=False)
         self.bank: Callable[[int, Sources], Sources] = lambda stage, new: new
-        self.keep: Callable[[int, Sources], Sources] = lambda stage, made: made
+        self.keep: Callable[[int, Sources, Sources], Sources] = lambda stage, bank, leaving: leaving
 
     def rows(self) -> slice:
         """The rows of the whole model's ``stream.query`` and ``stream.key_gain`` that this stage holds."""
@@ -144,10 +144,11 @@ class Stage(nn.Module):
         if isinstance(self.stream, PreNorm):
             return (state.hidden,)
         after = self.index + 1
-        made = range(self.plan.finished(self.index), self.plan.finished(after))
-        bank = (*state.bank[: made.start], *self.keep(self.index, state.bank[made.start : made.stop]))
-        partial = state.bank[made.stop :] if self.plan.inside(after) else ()
-        return (*(bank[n] for n in self.plan.carried(after)), *partial)
+        count = self.plan.finished(after)
+        carried = self.plan.carried(after)
+        # Inside a block the bank ends with the partial sum.
+        leaving = (*state.bank[carried.start : count], *state.bank[count:])
+        return self.keep(self.index, state.bank[:count], leaving)
 
     def forward(
         self, *received: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]
