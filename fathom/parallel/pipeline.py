@@ -43,7 +43,8 @@ class _TakeUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaves: Sources, *bank_and_leaving: Tensor) -> Sources:
         ctx.leaves = leaves
-        return tuple(tensor.detach() for tensor in bank_and_leaving[len(leaves) :])  # no view, of which FSDP2 would warn
+        leaving = bank_and_leaving[len(leaves) :]
+        return tuple(tensor.detach() for tensor in leaving)  # no view, of which FSDP2 would warn
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

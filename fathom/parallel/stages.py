@@ -144,11 +144,9 @@ class Stage(nn.Module):
         if isinstance(self.stream, PreNorm):
             return (state.hidden,)
         after = self.index + 1
-        count = self.plan.finished(after)
-        carried = self.plan.carried(after)
-        # Inside a block the bank ends with the partial sum.
-        leaving = (*state.bank[carried.start : count], *state.bank[count:])
-        return self.keep(self.index, state.bank[:count], leaving)
+        # Inside a block the bank ends with the partial sum, which goes along.
+        bank, leaving = state.bank[: self.plan.finished(after)], state.bank[self.plan.held(after) :]
+        return self.keep(self.index, bank, leaving)
 
     def forward(
         self, *received: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]
