@@ -12,7 +12,7 @@ Stages, each a sweep of fathom/lab in OUT/<stage>, in this order:
     edges    PreNorm alone, likewise: beyond the grid of these rates, from its best, which was at its edge
     factors  PreNorm alone at the second size, two seeds: the best of these rates, all times a factor
     sizes    PreNorm, Block (N = 8, its default) and Full at four sizes, three seeds
-    rows     Table 4's rows of arXiv 2603.15031 at the second size, beside its PreNorm and Full of ``sizes``, the same seeds
+    rows     Table 4's rows of arXiv 2603.15031 at the first size, beside its PreNorm and Full of ``sizes``, the same seeds
     shapes   depth against width, nine shapes of the first size's compute, PreNorm and Block
 
 The rates are tuned for PreNorm, by means over seeds, and all arms of a size share them, as in the paper: the comparison favours
@@ -215,13 +215,13 @@ def sizes(out: Path, scale: Scale, data: str) -> list[Planned]:
 
 
 def rows(out: Path, scale: Scale, data: str) -> list[Planned]:
-    optim, model = tuned(out, scale, data)[1], scale.sizes[1]
+    optim, model = tuned(out, scale, data)[0], scale.sizes[0]
     planned = []
     for seed in scale.seeds:
         for arm, rule in ((name, ABLATIONS[name]) for name in scale.rows if name not in ARMS):
             if "heads=" in rule:  # sixteen heads in the paper, of which each is as wide as a head of attention
                 arm, rule = f"block-s4-heads{model[2]}", f"block:block_size=4,heads={model[2]}"
-            planned.append(Planned(f"{arm}-seed{seed}", "s2", arm, seed, run_config(scale, data, 1, rule, optim, seed)))
+            planned.append(Planned(f"{arm}-seed{seed}", "s1", arm, seed, run_config(scale, data, 0, rule, optim, seed)))
     return planned
 
 
@@ -280,7 +280,7 @@ def plan(out: Path, data: str, scale: str) -> None:
         "edges": (more, more * cost[0]),
         "factors": (scales, scales * cost[1]),
         "sizes": (seeds * len(ARMS) * len(cost), seeds * len(ARMS) * sum(cost)),
-        "rows": (seeds * new_rows, seeds * new_rows * cost[1]),
+        "rows": (seeds * new_rows, seeds * new_rows * cost[0]),
         "shapes": (2 * size.shapes, 2 * size.shapes * cost[0]),
     }
     settings = {

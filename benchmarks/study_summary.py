@@ -89,7 +89,7 @@ def summarize(results: Path) -> dict[str, Any]:
         if law is not None:
             figures["scaling"] = figure_4(law)
     if found := _stage(results, "rows"):
-        found += [end for end in _stage(results, "sizes") if end.planned.case == "s2" and end.planned.arm != "block"]
+        found += [end for end in _stage(results, "sizes") if end.planned.case == "s1" and end.planned.arm != "block"]
         rows += [{**each, "case": "rows"} for each in _gains(found)]
         table = ablations.table(found)
         notes.append(ablations.luck(table))
