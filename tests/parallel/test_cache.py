@@ -1,5 +1,6 @@
 """Gradients of cached sources, on the kernels, all stages of a pipeline in one process: what they are, and what they cost."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,9 @@ from fathom.parallel.pipeline import SourceCache
 from fathom.parallel.plan import Plan, make_plan
 from fathom.parallel.stages import Stage
 from tests.parallel.cases import Case, _block, batch, network
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 
 
 class Additions(TorchDispatchMode):
