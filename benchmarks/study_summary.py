@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from summarize import row
 from fathom.lab import ablations, depth_width, figures_sweep, scaling
 from fathom.lab.figures import svg
 from fathom.lab.figures_paper import figure_4
+from fathom.lab.intervals import Difference
 from fathom.lab.outcomes import read_outcomes
 from fathom.lab.plan import PLAN, Outcome
 from fathom.lab.report_sweep import Fit
@@ -23,21 +25,40 @@ PAPER = {
 """Loss minus the baseline's in Table 4 of arXiv 2603.15031 (436 M parameters, one run each), by the lab's names of its rows."""
 
 
+UNIT = "nats per token"
+
+
+def _losses(case: str, arm: str, metric: str, losses: list[float]) -> list[dict[str, Any]]:
+    return [row(case, arm, metric, UNIT, losses)] if losses else []
+
+
+def _gap(case: str, arm: str, metric: str, gap: Difference | None) -> list[dict[str, Any]]:
+    """A loss minus PreNorm's over paired seeds, with the 90 % interval."""
+    if gap is None:
+        return []
+    low, high = (gap.mean if end is None else end for end in (gap.low, gap.high))
+    return [row(case, arm, metric, UNIT, [gap.mean]) | {"low": low, "high": high, "n": gap.n}]
+
+
 def _gains(found: list[Outcome]) -> list[dict[str, Any]]:
-    """A row for each arm of each case: its loss minus PreNorm's over paired seeds, with the 90 % interval."""
+    """Each arm of each size: its losses, and by how much they differ from PreNorm's."""
     rows = []
     for each in ablations.table(found):
-        rows.append(
-            row(each.case, each.arm, "val_loss", "nats per token", list(each.losses.values()) or [float("nan")])
-        )
-        gap = each.difference
-        if gap is not None:
-            low, high = (gap.mean if end is None else end for end in (gap.low, gap.high))
-            rows.append({
-                "case": each.case, "arm": each.arm, "metric": "minus_prenorm", "unit": "nats per token",
-                "median": gap.mean, "low": low, "high": high, "n": gap.n, "over_prenorm": None,
-            })  # fmt: skip
-    return [each for each in rows if each["median"] == each["median"]]
+        rows += _losses(each.case, each.arm, "val_loss", list(each.losses.values()))
+        rows += _gap(each.case, each.arm, "minus_prenorm", each.difference)
+    return rows
+
+
+def _ablations(table: list[ablations.Row]) -> list[dict[str, Any]]:
+    """Each row of Table 4, a case of its own: what it is here, and in the paper."""
+    rows = []
+    for each in table:
+        rows += _losses(each.arm, "here", "row_loss", list(each.losses.values()))
+        rows += _gap(each.arm, "here", "row_minus_prenorm", each.difference)
+        paper = PAPER.get(re.sub(r"heads\d+", "heads", each.arm))
+        if paper is not None:
+            rows.append(row(each.arm, "paper", "row_minus_prenorm", UNIT, [paper]))
+    return rows
 
 
 def _laws(found: list[Outcome]) -> tuple[list[dict[str, Any]], Fit | None]:
@@ -82,7 +103,8 @@ def summarize(results: Path) -> dict[str, Any]:
         for end in _stage(results, stage):
             if end.val_loss is not None:
                 cases.setdefault(end.planned.case, []).append(end.val_loss)
-        rows += [row(case, "prenorm", "val_loss", "nats per token", losses) for case, losses in cases.items()]
+        for case, losses in cases.items():
+            rows += _losses(case, "prenorm", "tuning_loss", losses)
     if found := _stage(results, "sizes"):
         laws, law = _laws(found)
         rows += [*_gains(found), *laws]
@@ -90,19 +112,18 @@ def summarize(results: Path) -> dict[str, Any]:
             figures["scaling"] = figure_4(law)
     if found := _stage(results, "rows"):
         found += [end for end in _stage(results, "sizes") if end.planned.case == "s1" and end.planned.arm != "block"]
-        rows += [{**each, "case": "rows"} for each in _gains(found)]
         table = ablations.table(found)
+        rows += _ablations(table)
         notes.append(ablations.luck(table))
         if any(each.difference for each in table):
             figures["rows"] = figures_sweep.difference_figure(table, "prenorm", 0.9)
     if found := _stage(results, "shapes"):
         maps = depth_width.maps(found)
         losses = [loss for each in maps for line in each.losses for loss in line if loss is not None]
+        for end in found:
+            if end.val_loss is not None:
+                rows += _losses(end.planned.case, end.planned.arm, "shape_loss", [end.val_loss])
         for each in maps:
-            rows += [
-                row(end.planned.case, each.arm, "val_loss", "nats per token", [end.val_loss])
-                for end in found if end.planned.arm == each.arm and end.val_loss is not None
-            ]  # fmt: skip
             figures[f"shapes-{each.arm}"] = figures_sweep.heat_map(each, min(losses), max(losses))
     lines = (results / "spent.jsonl").read_text().splitlines() if (results / "spent.jsonl").is_file() else []
     spent = [json.loads(line) for line in lines]
@@ -110,8 +131,7 @@ def summarize(results: Path) -> dict[str, Any]:
         "name": "study", "date": "2026-11-22", "command": "python benchmarks/study.py run OUT",
         "machine": ", ".join(dict.fromkeys(each["machine"] for each in spent)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "gpu_seconds": round(sum(each["seconds"] for each in spent), 1), "paper_minus_prenorm": PAPER,
-        "notes": notes, "rows": rows,
+        "gpu_seconds": round(sum(each["seconds"] for each in spent), 1), "notes": notes, "rows": rows,
     }  # fmt: skip
     (results / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     (results / "figures").mkdir(exist_ok=True)
