@@ -254,7 +254,7 @@ def inter_block(
         from fathom.kernels import inter as kernel
         from fathom.kernels.tiles import as_rows
 
-        rows, lse, _, _ = kernel.inter_block(
+        rows, lse, *_ = kernel.inter_block(
             [as_rows(source) for source in sources], fold_gain(queries, gain).contiguous(), eps, scale, normalize_values
         )
         outs, lses = [row.view(shape) for row in rows], [row.view(shape[:-1]) for row in lse.unbind(0)]

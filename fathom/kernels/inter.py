@@ -1,7 +1,7 @@
 """Reads over sources of which nothing is known yet, by their queries: the kernels of scores.py and mixes.py in one op.
 
-It saves the sources, and per token their reciprocal norms, scores and lse; the backward pass writes a source's gradient from
-the reads, then adds that from its scores in place.
+It saves the sources, and per token their reciprocal norms, their scores, and of each read what it divides by; the backward pass
+writes a source's gradient from the reads, then adds that from its scores in place.
 """
 
 import torch
@@ -17,15 +17,14 @@ Tensors = list[Tensor]
 @torch.library.custom_op("fathom::inter_block", mutates_args=())
 def inter_block(
     sources: list[Tensor], queries: Tensor, eps: float, scale: float, normalize_values: bool
-) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], list[Tensor]]:
     """S reads of N sources [tokens, D] by folded queries [S, D].
 
-    Returns the S reads [tokens, D] and their lse [S, tokens], then of each source the scores [S, tokens] and the reciprocal
-    norms [tokens], which no gradient flows through.
+    Returns the S reads [tokens, D] and their lse [S, tokens], then what no gradient flows through: of each read the largest score
+    and the sum that it divides by [S, tokens, 2], of each source the scores [S, tokens] and the reciprocal norms [tokens].
     """
     _, scores, rstds = scores_of(sources, queries, eps, scale)
-    outs, lse = mixed(sources, scores, rstds if normalize_values else None)
-    return outs, lse, scores, rstds
+    return *mixed(sources, scores, rstds if normalize_values else None), scores, rstds
 
 
 @inter_block.register_fake
@@ -35,6 +34,7 @@ def _(sources, queries, eps, scale, normalize_values):
     return (
         [first.new_empty(first.shape) for _ in range(num_reads)],
         statistic(first, num_reads, num_tokens),
+        statistic(first, num_reads, num_tokens, 2),
         [statistic(first, num_reads, num_tokens) for _ in sources],
         [statistic(first, num_tokens) for _ in sources],
     )
@@ -42,36 +42,36 @@ def _(sources, queries, eps, scale, normalize_values):
 
 @torch.library.custom_op("fathom::inter_block_backward", mutates_args=())
 def inter_block_backward(
-    sources: list[Tensor], queries: Tensor, lse: Tensor, scores: list[Tensor], rstds: list[Tensor], douts: list[Tensor],
+    sources: list[Tensor], queries: Tensor, softmax: Tensor, scores: list[Tensor], rstds: list[Tensor], douts: list[Tensor],
     dlse: Tensor, scale: float, normalize_values: bool,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Gradients of the sources [tokens, D] and of the folded queries [S, D]."""
     dsources, dscores, drstds = mixed_backward(
-        sources, scores, rstds if normalize_values else None, lse, douts, dlse, None
+        sources, scores, rstds if normalize_values else None, softmax, douts, dlse, None
     )
     dqueries = gradients_of(sources, queries, scores, rstds, dscores, drstds, dsources, dsources, scale)
     return dsources, dqueries
 
 
 @inter_block_backward.register_fake
-def _(sources, queries, lse, scores, rstds, douts, dlse, scale, normalize_values):
-    return [source.new_empty(source.shape) for source in sources], lse.new_empty(queries.shape)
+def _(sources, queries, softmax, scores, rstds, douts, dlse, scale, normalize_values):
+    return [source.new_empty(source.shape) for source in sources], softmax.new_empty(queries.shape)
 
 
 def _setup(ctx, inputs, output):
     sources, queries, _, ctx.scale, ctx.normalize_values = inputs
-    _, lse, scores, rstds = output
+    _, _, softmax, scores, rstds = output
     ctx.count = len(sources)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(queries, lse, *sources, *scores, *rstds)
+    ctx.save_for_backward(queries, softmax, *sources, *scores, *rstds)
 
 
 def _gradients(ctx, douts, dlse, *_):
-    queries, lse, *rest = ctx.saved_tensors
+    queries, softmax, *rest = ctx.saved_tensors
     n = ctx.count
     sources, scores, rstds = rest[:n], rest[n : 2 * n], rest[2 * n :]
     dsources, dqueries = inter_block_backward(
-        sources, queries, lse, scores, rstds, present(douts, sources[0]), *present([dlse], lse), ctx.scale,
+        sources, queries, softmax, scores, rstds, present(douts, sources[0]), *present([dlse], scores[0]), ctx.scale,
         ctx.normalize_values,
     )  # fmt: skip
     return dsources, dqueries.to(queries.dtype), None, None, None

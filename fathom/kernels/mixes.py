@@ -1,10 +1,13 @@
 """Reads over the same sources in one sweep, forward and backward, from scores that are known.
 
-    p_sn = softmax_n(s_sn)          out_s = Σ_n p_sn v_n          lse_s = log Σ_n exp(s_sn)
+    m_s = max_n s_sn          e_sn = exp(s_sn − m_s)          z_s = Σ_n e_sn
+    p_sn = e_sn / z_s         out_s = Σ_n p_sn v_n            lse_s = m_s + log z_s
 
-Saved for the backward pass: the sources, their scores and lse; neither p nor out. Backward, with dp_sn = dout_s · v_n,
+Saved for the backward pass: the sources, their scores, m and z; neither p nor out. Nor is lse used there: it is rounded at its
+own size, which for many sources is an error of all the weights of a read at once. Backward, with g_s = dout_s / z_s and
+dp_sn = g_s · v_n,
 
-    dv_n = Σ_s p_sn dout_s (+ what was given)          ds_sn = p_sn (dp_sn − Σ_m p_sm dp_sm + dlse_s)
+    dv_n = Σ_s e_sn g_s (+ what was given)          ds_sn = e_sn (dp_sn − (Σ_m e_sm dp_sm − dlse_s) / z_s)
 
 Every row is read once: a program holds its columns of one token's dout of all reads, and goes through the sources. The dot
 products dp stay sums over the 256 columns of a warp, so that no thread waits for another; ``_score_gradients``, which needs
@@ -35,6 +38,8 @@ from fathom.kernels.tiles import (
     strides_of,
 )
 
+Mixed = tuple[list[Tensor], Tensor, Tensor]
+"""S reads [tokens, D], their lse [S, tokens], and m and z of each [S, tokens, 2]."""
 WARP_COLUMNS = 256
 """Columns of a warp: 8, which are 16 bytes, of each thread."""
 MIX_TOKENS, MIX_WARPS, MIX_ELEMENTS = 2, 4, 16384
@@ -47,11 +52,11 @@ SCORE_TOKENS = 32
 
 @triton.jit(do_not_specialize=["num_sources"])
 def _mix(
-    sources, strides, scores, rstds, outs, lse, num_sources, num_tokens, dim,
+    sources, strides, scores, rstds, outs, lse, softmax, num_sources, num_tokens, dim,
     N: tl.constexpr, S: tl.constexpr, N_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BYTES: tl.constexpr, ACC_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """The reads of ``BLOCK_T`` tokens, one after the other, and their lse."""
+    """The reads of ``BLOCK_T`` tokens, one after the other, their lse, and m and z [S, tokens, 2]."""
     element: tl.constexpr = sources[0].dtype.element_ty
     n, d = tl.arange(0, N_PAD), tl.arange(0, BLOCK_D)
     begin = tl.program_id(0).to(tl.int64) * BLOCK_T
@@ -71,6 +76,8 @@ def _mix(
                 total = tl.sum(p, 0)
                 if start == 0:
                     tl.store(lse + s * num_tokens + t, top + tl.log(total))
+                    tl.store(softmax + 2 * (s * num_tokens + t), top)
+                    tl.store(softmax + 2 * (s * num_tokens + t) + 1, total)
                 weight = p / total
                 if NORMALIZE:
                     weight *= r
@@ -80,7 +87,7 @@ def _mix(
 
 @triton.jit(do_not_specialize=["num_sources"])
 def _backward(
-    sources, strides, scores, rstds, lse, douts, dstrides, passed, dsources, products, num_sources, num_tokens, dim,
+    sources, strides, scores, rstds, softmax, douts, dstrides, passed, dsources, products, num_sources, num_tokens, dim,
     N: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, PASSED: tl.constexpr,
     PRODUCTS: tl.constexpr, NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BYTES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -93,7 +100,9 @@ def _backward(
     dout = row_pointers(douts, dstrides, s, t, S, element, BYTES, ALIGNED)[:, None]
     g = tl.load(dout + column[None, :], wanted[:, None] & inside[None, :], other=0).to(ACC)
     at = s * num_tokens + t
-    total = tl.load(lse + at, wanted, other=0)
+    if N > 1:  # a single source has the whole weight
+        top = tl.load(softmax + 2 * at, wanted, other=0)
+        g *= (1 / tl.load(softmax + 2 * at + 1, wanted, other=1))[:, None]
     count: tl.constexpr = BLOCK_D // PIECE
     piece = tl.program_id(1) * count + tl.arange(0, count)
     num_pieces = tl.num_programs(1) * count
@@ -102,7 +111,9 @@ def _backward(
             v = tl.load(
                 pick(sources, n, N, ALIGNED) + t * pick_stride(strides, n, N) + column, inside, other=0
             ).to(ACC)  # fmt: skip
-        weight = tl.exp(tl.load(pick(scores, n, N, False) + at, wanted, other=float("-inf")) - total)
+        weight = tl.full([S_PAD], 1, ACC)
+        if N > 1:
+            weight = tl.exp(tl.load(pick(scores, n, N, False) + at, wanted, other=float("-inf")) - top)
         if NORMALIZE:
             weight *= tl.load(pick(rstds, n, N, False) + t)
         dv = tl.sum(weight[:, None] * g, 0)
@@ -117,7 +128,7 @@ def _backward(
 
 @triton.jit(do_not_specialize=["num_sources"])
 def _score_gradients(
-    scores, rstds, lse, dlse, products, dscores, drstds, num_sources, num_tokens, num_pieces,
+    scores, rstds, softmax, dlse, products, dscores, drstds, num_sources, num_tokens, num_pieces,
     N: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, PIECES: tl.constexpr, BLOCK_T: tl.constexpr,
     PRODUCTS: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -126,11 +137,14 @@ def _score_gradients(
     s, piece = tl.arange(0, S_PAD), tl.arange(0, PIECES)
     mask = (t < num_tokens)[:, None] & (s < S)[None, :]
     at = s[None, :] * num_tokens + t[:, None]
-    total = tl.load(lse + at, mask, other=0)
+    if N > 1:
+        top, total = tl.load(softmax + 2 * at, mask, other=0), tl.load(softmax + 2 * at + 1, mask, other=1)
     mean = tl.zeros([BLOCK_T, S_PAD], ACC)
     for turn in tl.static_range(2):  # first the mean of dp over the sources, then the gradients
         for n in range(num_sources):
-            p = tl.exp(tl.load(pick(scores, n, N, False)[:, None] + at, mask, other=float("-inf")) - total)
+            e = tl.full([BLOCK_T, S_PAD], 1, ACC)
+            if N > 1:
+                e = tl.exp(tl.load(pick(scores, n, N, False)[:, None] + at, mask, other=float("-inf")) - top)
             dp = tl.zeros([BLOCK_T, S_PAD], ACC)
             if PRODUCTS:
                 row = ((t[:, None] * num_sources + n) * S + s[None, :])[:, :, None] * num_pieces + piece[None, None, :]
@@ -139,88 +153,96 @@ def _score_gradients(
                 )
             if NORMALIZE:
                 if turn == 1:
-                    tl.store(pick(drstds, n, N, False) + t, tl.sum(p * dp, 1), t < num_tokens)
+                    tl.store(pick(drstds, n, N, False) + t, tl.sum(e * dp, 1), t < num_tokens)
                 dp *= tl.load(pick(rstds, n, N, False) + t, t < num_tokens, other=0)[:, None]
             if turn == 0:
-                mean += p * dp
+                mean += e * dp
             else:
-                ds = p * (dp - mean + tl.load(dlse + at, mask, other=0))
-                tl.store(pick(dscores, n, N, False)[:, None] + at, ds, mask)
+                tl.store(pick(dscores, n, N, False)[:, None] + at, e * (dp - mean), mask)
+        if turn == 0:
+            mean -= tl.load(dlse + at, mask, other=0)
+            if N > 1:
+                mean /= total
 
 
-def mixed(sources: list[Tensor], scores: list[Tensor], rstds: list[Tensor] | None) -> tuple[list[Tensor], Tensor]:
-    """Launch ``_mix``: S reads [tokens, D] and their lse [S, tokens]."""
+def mixed(sources: list[Tensor], scores: list[Tensor], rstds: list[Tensor] | None) -> Mixed:
+    """Launch ``_mix``."""
     first, (num_reads, num_tokens), num_sources = sources[0], scores[0].shape, len(sources)
     dim, count = first.shape[1], padded(num_sources)
     outs = [first.new_empty(num_tokens, dim) for _ in range(num_reads)]
-    lse = torch.empty_like(scores[0])
+    lse, softmax = torch.empty_like(scores[0]), scores[0].new_empty(num_reads, num_tokens, 2)
     block_d = min(WARP_COLUMNS * MIX_WARPS, MIX_ELEMENTS // power_of_two(count), power_of_two(dim, 16))
     _mix[(triton.cdiv(num_tokens, MIX_TOKENS),)](
-        pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), tuple(outs), lse, num_sources, num_tokens,
-        dim, N=count, S=num_reads, N_PAD=power_of_two(count), BLOCK_T=MIX_TOKENS, BLOCK_D=block_d,
+        pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), tuple(outs), lse, softmax, num_sources,
+        num_tokens, dim, N=count, S=num_reads, N_PAD=power_of_two(count), BLOCK_T=MIX_TOKENS, BLOCK_D=block_d,
         NORMALIZE=rstds is not None, ALIGNED=is_aligned(*sources, *outs), ACC=accumulator(first),
         BYTES=first.element_size(), ACC_BYTES=lse.element_size(), num_warps=MIX_WARPS,
     )  # fmt: skip
-    return outs, lse
+    return outs, lse, softmax
 
 
 def mixed_backward(
-    sources: list[Tensor], scores: list[Tensor], rstds: list[Tensor] | None, lse: Tensor, douts: list[Tensor], dlse: Tensor,
-    passed: list[Tensor] | None,
+    sources: list[Tensor], scores: list[Tensor], rstds: list[Tensor] | None, softmax: Tensor | None, douts: list[Tensor],
+    dlse: Tensor, passed: list[Tensor] | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    """Launch the backward pass: gradients of the sources, ``passed`` added, of their scores and, if given, of ``rstds``."""
-    first, (num_reads, num_tokens), num_sources = sources[0], lse.shape, len(sources)
+    """Launch the backward pass: gradients of the sources, ``passed`` added, of their scores and, if given, of ``rstds``;
+    ``softmax`` is m and z, which a single source needs not."""
+    first, (num_reads, num_tokens), num_sources = sources[0], scores[0].shape, len(sources)
     dim, reads = first.shape[1], power_of_two(num_reads)
     block_d = min(BACKWARD_COLUMNS, BACKWARD_ELEMENTS // reads, power_of_two(dim, 16))
     piece = min(WARP_COLUMNS, block_d)
     chunks = triton.cdiv(dim, block_d)
     num_pieces = chunks * (block_d // piece)
     dsources = [first.new_empty(num_tokens, dim) for _ in sources]
-    dscores = [torch.empty_like(lse) for _ in sources]
+    dscores = [torch.empty_like(scores[0]) for _ in sources]
     drstds = [torch.empty_like(rstd) for rstd in rstds] if rstds is not None else []
     # A single source has the whole weight whatever its score: what dp adds to ds cancels.
     use_products = num_sources > 1 or rstds is not None
-    products = lse.new_empty(num_tokens, num_sources, num_reads, num_pieces) if use_products else None
+    products = scores[0].new_empty(num_tokens, num_sources, num_reads, num_pieces) if use_products else None
     fixed = {
         "N": padded(num_sources), "S": num_reads, "S_PAD": reads, "PRODUCTS": use_products, "NORMALIZE": rstds is not None,
         "ACC": accumulator(first),
     }  # fmt: skip
     _backward[(num_tokens, chunks)](
-        pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), lse, tuple(douts), strides_of(douts),
+        pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), softmax, tuple(douts), strides_of(douts),
         pointers(passed), pointers(dsources), products, num_sources, num_tokens, dim, BLOCK_D=block_d, PIECE=piece,
         PASSED=passed is not None, ALIGNED=is_aligned(*sources, *douts, *dsources, *(passed or ())),
         BYTES=first.element_size(), STAGES=BACKWARD_STAGES, num_warps=max(1, block_d // WARP_COLUMNS), **fixed,
     )  # fmt: skip
     _score_gradients[(triton.cdiv(num_tokens, SCORE_TOKENS),)](
-        pointers(scores), pointers(rstds), lse, dlse, products, pointers(dscores), pointers(drstds or None), num_sources,
+        pointers(scores), pointers(rstds), softmax, dlse, products, pointers(dscores), pointers(drstds or None), num_sources,
         num_tokens, num_pieces, PIECES=power_of_two(num_pieces), BLOCK_T=SCORE_TOKENS, num_warps=4, **fixed,
     )  # fmt: skip
     return dsources, dscores, drstds
 
 
 @torch.library.custom_op("fathom::mix", mutates_args=())
-def mix_op(sources: list[Tensor], scores: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """S reads [tokens, D] of N sources [tokens, D] by their scores [S, tokens], and their lse [S, tokens]."""
+def mix_op(sources: list[Tensor], scores: list[Tensor]) -> Mixed:
+    """S reads of N sources [tokens, D] by their scores [S, tokens], their lse, and of each the largest score and the sum that
+    it divides by."""
     return mixed(sources, scores, None)
 
 
 @mix_op.register_fake
 def _(sources, scores):
-    return [sources[0].new_empty(sources[0].shape) for _ in range(scores[0].shape[0])], torch.empty_like(scores[0])
+    known = scores[0]
+    outs = [sources[0].new_empty(sources[0].shape) for _ in range(known.shape[0])]
+    return outs, torch.empty_like(known), known.new_empty(*known.shape, 2)
 
 
 @torch.library.custom_op("fathom::mix_backward", mutates_args=())
 def mix_backward(
-    sources: list[Tensor], scores: list[Tensor], lse: Tensor, douts: list[Tensor], dlse: Tensor, passed: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+    sources: list[Tensor], scores: list[Tensor], softmax: Tensor | None, douts: list[Tensor], dlse: Tensor,
+    passed: list[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Gradients of the sources, ``passed`` (or nothing: an empty list) added, and of their scores."""
-    dsources, dscores, _ = mixed_backward(sources, scores, None, lse, douts, dlse, passed or None)
+    dsources, dscores, _ = mixed_backward(sources, scores, None, softmax, douts, dlse, passed or None)
     return dsources, dscores
 
 
 @mix_backward.register_fake
-def _(sources, scores, lse, douts, dlse, passed):
-    return [source.new_empty(source.shape) for source in sources], [torch.empty_like(lse) for _ in scores]
+def _(sources, scores, softmax, douts, dlse, passed):
+    return [source.new_empty(source.shape) for source in sources], [torch.empty_like(each) for each in scores]
 
 
 class _Mix(torch.autograd.Function):
@@ -232,23 +254,24 @@ class _Mix(torch.autograd.Function):
         ctx.count = count
         ctx.set_materialize_grads(False)
         if count == 1:  # every read is the source, its lse the score: nothing to compute, and nothing to store
-            ctx.save_for_backward(*tensors, scores[0])
+            ctx.save_for_backward(*tensors, None)
             outs = [sources[0].view_as(sources[0]) for _ in scores[0]]
             return (*outs, scores[0].view_as(scores[0]), *sources)
-        outs, lse = mix_op(list(sources), list(scores))
-        ctx.save_for_backward(*tensors, lse)
+        outs, lse, softmax = mix_op(list(sources), list(scores))
+        ctx.save_for_backward(*tensors, softmax)
         return (*outs, lse, *sources)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, lse = ctx.saved_tensors
+        *tensors, softmax = ctx.saved_tensors
         sources, scores = tensors[: ctx.count], tensors[ctx.count :]
-        num_reads = lse.shape[0]
+        num_reads = scores[0].shape[0]
         douts, dlse, passed = grads[:num_reads], grads[num_reads], grads[num_reads + 1 :]
         if all(grad is None for grad in (*douts, dlse)):
             return None, *passed, *(None for _ in scores)
         given = [] if all(grad is None for grad in passed) else present(passed, sources[0])
-        dsources, dscores = mix_backward(sources, scores, lse, present(douts, sources[0]), *present([dlse], lse), given)
+        [given_lse] = present([dlse], scores[0])
+        dsources, dscores = mix_backward(sources, scores, softmax, present(douts, sources[0]), given_lse, given)
         return None, *dsources, *dscores
 
 

@@ -109,6 +109,20 @@ def test_mixes_equal_the_equation(shape: tuple[int, int, int, int], dtype: torch
 
 
 @pytest.mark.parametrize("n", [1, 3])
+def test_a_shift_of_all_scores_changes_no_bit(n: int, device: str):
+    """Both passes weigh by how far a score is from the largest; by lse, which is rounded at its own size, neither does."""
+    inputs = make_mix(n, 4, 40, 5, torch.float32, device)
+    scores = [(16 * each).round() / 16 for each in inputs[n:]]
+
+    def call(leaves):
+        outs, lse, passed = kernels.mix(leaves[:n], leaves[n:])
+        return [*lse, *outs, *passed]
+
+    found, shifted = (run(call, [*inputs[:n], *(each + by for each in scores)], "triton") for by in (0, 512))
+    assert all(torch.equal(a, b) for a, b in zip(found[4:], shifted[4:], strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 3])
 def test_the_first_read_comes_normalised(n: int, device: str):
     dtype = DTYPES[0]
     wide = torch.promote_types(dtype, torch.float32)
