@@ -1,12 +1,10 @@
 """Every number and figure of the study, from its committed files alone: ``summarize(RESULTS)`` writes result.json, figures/."""
 
 import json
-import platform
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from summarize import row
 
 from fathom.lab import ablations, depth_width, figures_sweep, scaling
@@ -127,10 +125,11 @@ def summarize(results: Path) -> dict[str, Any]:
             figures[f"shapes-{each.arm}"] = figures_sweep.heat_map(each, min(losses), max(losses))
     lines = (results / "spent.jsonl").read_text().splitlines() if (results / "spent.jsonl").is_file() else []
     spent = [json.loads(line) for line in lines]
+    where = json.loads(next(iter(sorted(results.glob("*/runs/*/env.json")))).read_text())
     result = {
         "name": "study", "date": "2026-11-22", "command": "python benchmarks/study.py run OUT",
         "machine": ", ".join(dict.fromkeys(each["machine"] for each in spent)),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {name: value for name, value in where.items() if name in ("python", "torch", "cuda")},
         "gpu_seconds": round(sum(each["seconds"] for each in spent), 1), "notes": notes, "rows": rows,
     }  # fmt: skip
     (results / "result.json").write_text(json.dumps(result, indent=1) + "\n")
