@@ -28,6 +28,7 @@ from torch import Tensor
 from fathom.kernels.tiles import (
     accumulator,
     is_aligned,
+    on_their_device,
     padded,
     pick,
     pick_stride,
@@ -165,6 +166,7 @@ def _score_gradients(
                 mean /= total
 
 
+@on_their_device
 def mixed(sources: list[Tensor], scores: list[Tensor], rstds: list[Tensor] | None) -> Mixed:
     """Launch ``_mix``."""
     first, (num_reads, num_tokens), num_sources = sources[0], scores[0].shape, len(sources)
@@ -181,6 +183,7 @@ def mixed(sources: list[Tensor], scores: list[Tensor], rstds: list[Tensor] | Non
     return outs, lse, softmax
 
 
+@on_their_device
 def mixed_backward(
     sources: list[Tensor], scores: list[Tensor], rstds: list[Tensor] | None, softmax: Tensor | None, douts: list[Tensor],
     dlse: Tensor, passed: list[Tensor] | None,

@@ -26,6 +26,7 @@ from fathom.depth_attention import compute_dtype
 from fathom.kernels.tiles import (
     accumulator,
     is_aligned,
+    on_their_device,
     padded,
     pick,
     pick_stride,
@@ -206,6 +207,7 @@ def _query_tile(num_queries: int, products: dict[str, Any]) -> int:
     return min(MOST_QUERIES if products["SPLIT"] else MOST_QUERIES_WIDE, power_of_two(num_queries, 16))
 
 
+@on_their_device
 def scores_of(
     sources: list[Tensor], queries: Tensor, eps: float, scale: float, partial: Tensor | None = None
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
@@ -228,6 +230,7 @@ def scores_of(
     return total, scores, rstds
 
 
+@on_their_device
 def gradients_of(
     sources: list[Tensor], queries: Tensor, scores: list[Tensor], rstds: list[Tensor], dscores: list[Tensor],
     drstds: list[Tensor], given: list[Tensor] | None, dsources: list[Tensor], scale: float,

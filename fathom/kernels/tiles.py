@@ -4,7 +4,9 @@ A read attends over tensors that were allocated one by one, or are slices of a b
 pointers and a tuple of row strides, and picks among them by index, so nothing is stacked or copied. Addresses are 64 bit.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -12,6 +14,22 @@ import triton.language as tl
 from torch import Tensor
 
 from fathom.depth_attention import compute_dtype
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_their_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """``launch`` with the device of its first tensor as the current one: Triton launches there, wherever the tensors are."""
+
+    @functools.wraps(launch)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = (each for arg in args for each in (arg if isinstance(arg, list) else [arg]))
+        with torch.cuda.device_of(next(each for each in given if isinstance(each, Tensor))):
+            return launch(*args, **kwargs)
+
+    return run
+
 
 ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
 

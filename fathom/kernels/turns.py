@@ -18,6 +18,7 @@ from fathom.kernels.tiles import (
     few_warps,
     four_sums,
     is_aligned,
+    on_their_device,
     padded,
     pick,
     pointers,
@@ -94,6 +95,7 @@ def _turn(
         tl.store(pick(outs, k, S, ALIGNED) + t * dim + d, h.to(element), inside)
 
 
+@on_their_device
 def turn(
     partial: Tensor | None, output: Tensor, bank: Sequence[Tensor], known: Sequence[Tensor], queries: Tensor, num_reads: int,
     norm_weight: Tensor | None, eps: float, norm_eps: float,

@@ -29,6 +29,7 @@ from fathom.kernels.tiles import (
     few_warps,
     four_sums,
     multiprocessors,
+    on_their_device,
     power_of_two,
     rsqrt,
     statistic,
@@ -188,6 +189,7 @@ def _backward_tile(total: Tensor) -> tuple[int, int, int, int]:
 
 
 @torch.library.custom_op("fathom::update_read", mutates_args=())
+@on_their_device
 def update_read_op(
     partial: Tensor | None, output: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None,
     norm_weight: Tensor | None, eps: float, norm_eps: float, return_mix: bool,
@@ -221,6 +223,7 @@ def _(partial, output, inter, lse, query, norm_weight, eps, norm_eps, return_mix
 
 
 @torch.library.custom_op("fathom::update_read_backward", mutates_args=())
+@on_their_device
 def update_read_backward(
     total: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None, norm_weight: Tensor | None, stats: Tensor,
     dtotal_in: Tensor | None, dx: Tensor | None, dmix: Tensor | None,
