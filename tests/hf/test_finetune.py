@@ -1,5 +1,6 @@
 """`fathom finetune`: converted and original see the same data, queries may go first, what does not fit is one line."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -120,3 +121,21 @@ def test_what_does_not_fit_is_one_line(
     )
     assert "prepare it with --tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_committed_numbers_follow_from_the_committed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    folder = root / "benchmarks/results/2026-11-22_smollm2-finetune"
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = importlib.import_module("finetune_smollm2")
+    summaries = {
+        arm: [json.loads((folder / f"runs/{arm}-seed{seed}/summary.json").read_text()) for seed in range(3)]
+        for arm in script.ARMS
+    }
+    result = json.loads((folder / "result.json").read_text())
+    assert json.loads(json.dumps(script.rows_of(summaries))) == result["rows"]
+    assert result["rate"] == float(min(result["tuning"], key=result["tuning"].__getitem__))
+    gain = next(row for row in result["rows"] if row["metric"] == "mean_gain")
+    told = f"{-gain['median']:.4f} nats", f"interval {-gain['high']:.4f} to {-gain['low']:.4f}"
+    for page in (folder / "README.md", root / "docs/hf.md", root / "docs/log.md"):
+        assert all(each in " ".join(page.read_text().split()) for each in told), page
