@@ -95,8 +95,12 @@ def test_a_stage_waits_for_the_rates_and_time_is_added_up(
     assert not (out / "sizes" / "runs").exists()
 
 
-def test_committed_numbers_follow_from_the_committed_runs(study: ModuleType, tmp_path: Path) -> None:
-    committed = Path(__file__).parents[2] / "benchmarks/results/2026-11-22_study-first"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["2026-11-22_study-first", "2026-11-22_study"])
+def test_committed_numbers_follow_from_the_committed_runs(study: ModuleType, name: str, tmp_path: Path) -> None:
+    committed = ROOT / "benchmarks/results" / name
     copy = shutil.copytree(committed, tmp_path / "study")
     (copy / "result.json").unlink()
     made, told = study.summarize(copy)["rows"], json.loads((committed / "result.json").read_text())["rows"]
@@ -107,3 +111,22 @@ def test_committed_numbers_follow_from_the_committed_runs(study: ModuleType, tmp
         assert [ours[k] for k in ("median", "low", "high")] == pytest.approx(
             [theirs[k] for k in ("median", "low", "high")]
         )
+
+
+def test_sentences_about_the_tuning_are_its_result(study: ModuleType) -> None:
+    results = ROOT / "benchmarks/results/2026-11-22_study"
+    losses = {row["case"]: row["median"] for row in json.loads((results / "result.json").read_text())["rows"]}
+    best = min((case for case in losses if not case.startswith("x")), key=losses.__getitem__)
+    assert best == "muon-0.01-0.3-0.016"
+    factors = [0.5, 0.71, 1.0, 1.41]
+    parabola = study.best_rate(factors, [losses[f"x{factor:g}"] for factor in factors])
+    text = " ".join((ROOT / "docs/study.md").read_text().split())
+    first = [losses[case] for case in losses if case in study.candidates(study.SCALES["h100"])]
+    at_edge = min(first)
+    adamw = min(losses[case] for case in losses if case.startswith("adamw"))
+    assert f"AdamW's best of twelve settings ends at {adamw:.3f}" in text
+    assert f"best of eighteen at {at_edge:.3f}" in text and f"lies {losses[best]:.3f}" in text
+    for case in ("muon-0.005-0.3-0.016", "muon-0.01-0.9-0.016", "muon-0.01-0.3-0.064"):
+        assert f" {losses[case]:.3f}" in text, case
+    assert f"end at {losses['x0.5']:.3f}, {losses['x0.71']:.3f}, {losses['x1']:.3f} and {losses['x1.41']:.3f}" in text
+    assert f"parabola is {parabola:.2f}" in text
