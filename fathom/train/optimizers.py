@@ -30,12 +30,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fathom.models.kda import KDA
 from fathom.models.layers import Attention
 from fathom.models.mla import MLA
 from fathom.train.config import OptimConfig
-from fathom.train.muon import StackedMuon
+from fathom.train.muon import Muon, StackedMuon
 
 DEPTH_LR_TIMES_DIM = 0.128
 
@@ -88,7 +89,9 @@ def make_optimizers(model: nn.Module | Sequence[nn.Module], config: OptimConfig)
     if config.optimizer == "muon":
         rows = head_rows(*parts) if config.muon_per_head else {}
         matrices = groups.pop("matrix")
-        muon = torch.optim.Muon(
+        # A matrix that lies on several ranks is put together by torch's own.
+        kind = torch.optim.Muon if any(isinstance(p, DTensor) for p in matrices) else Muon
+        muon = kind(
             [p for p in matrices if p not in rows], lr=config.muon_lr, weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )  # fmt: skip

@@ -10,6 +10,7 @@ from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.kimi_config import KimiConfig
 from fathom.models.kimi_linear import build
 from fathom.models.transformer import Transformer
+from fathom.train import muon
 from fathom.train.config import OptimConfig
 from fathom.train.optimizers import each_group, head_rows, lr_share, make_optimizers, parameter_groups, set_lr
 
@@ -55,6 +56,26 @@ def test_every_parameter_moves_exactly_once_and_as_its_kind_should(rule: str, se
         assert {names[id(p)] for group in muon.param_groups for p in group["params"]} == by_kind["matrix"]
     else:
         assert [type(o) for o in optimizers] == [torch.optim.AdamW]
+
+
+@pytest.mark.parametrize("at_once", [1, 300, 2**25])
+def test_muon_in_batches_is_torch_s(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits here, the same state; a parameter without a gradient stays."""
+    monkeypatch.setattr(muon, "AT_ONCE", at_once)
+    torch.manual_seed(0)
+    shapes = [(12, 8), (8, 12), (12, 8), (12, 8), (3, 3)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.3, "adjust_lr_fn": "match_rms_adamw"}
+    batched, single = muon.Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(3):
+        for a, b in zip(ours[:-1], theirs, strict=False):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        batched.step()
+        single.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b) and batched.state[a].keys() == single.state[b].keys()
+    single.load_state_dict(batched.state_dict())
 
 
 def test_muon_takes_heads_for_themselves_if_asked(head_models: list[tuple[Transformer, dict[str, int]]]) -> None:
