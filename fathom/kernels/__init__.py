@@ -72,8 +72,8 @@ def backend_for(device: torch.device | str, dtype: torch.dtype = torch.bfloat16)
 def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, *, dtype: bool = True) -> None:
     if tensor is None:
         return
-    if tuple(tensor.shape) != shape:
-        raise UserError(f"{name} has shape {tuple(tensor.shape)}: it must have {shape}")
+    if tensor.shape != shape:
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}: it must have {tuple(shape)}")
     if tensor.device != like.device:
         raise UserError(f"{name} is on {tensor.device}, but the sources are on {like.device}")
     if not tensor.is_floating_point() or (dtype and tensor.dtype != like.dtype):
@@ -327,9 +327,9 @@ def update_read(
 
     Raises ``UserError`` (a ``ValueError``) naming the argument that has a wrong shape, dtype or device.
     """
-    shape = tuple(output.shape)
+    shape = output.shape
     if not shape or not output.is_floating_point():
-        raise UserError(f"output is {shape} {output.dtype}: it must be a floating-point [..., D]")
+        raise UserError(f"output is {tuple(shape)} {output.dtype}: it must be a floating-point [..., D]")
     _check("partial", partial, shape, output)
     _check("inter_out", inter_out, shape, output)
     _check("inter_lse", inter_lse, shape[:-1], output, dtype=False)
@@ -340,19 +340,15 @@ def update_read(
         raise UserError("inter_out, inter_lse and query belong together: give all three, or none of the first two")
     if backend_for(output.device, output.dtype) == "triton":
         from fathom.kernels import update as kernel
-        from fathom.kernels.tiles import as_rows
 
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else as_rows(tensor).contiguous()
+        def whole(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.contiguous()
 
-        folded = fold_gain(query, gain).contiguous() if query is not None and inter_out is not None else None
-        lse = None if inter_lse is None else inter_lse.reshape(-1).contiguous()
-        weight = None if norm_weight is None else norm_weight.contiguous()
-        found = kernel.update_read(
-            rows(partial), as_rows(output).contiguous(), rows(inter_out), lse, folded, weight, eps, norm_eps,
+        folded = whole(fold_gain(query, gain)) if query is not None and inter_out is not None else None
+        parts = kernel.update_read(
+            whole(partial), output.contiguous(), whole(inter_out), whole(inter_lse), folded, whole(norm_weight), eps, norm_eps,
             return_mix or norm_weight is None,
         )  # fmt: skip
-        parts = [part.view(shape) for part in found]
     else:
         total, x, mix = two_phase.update_read(
             partial, output, inter_out, inter_lse, query, gain, norm_weight, eps=eps, norm_eps=norm_eps

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fathom.kernels.mixes import mixed, mixed_backward
+from fathom.kernels.operators import operator
 from fathom.kernels.scores import gradients_of, scores_of
 from fathom.kernels.tiles import present, statistic
 
 Tensors = list[Tensor]
 
 
-@torch.library.custom_op("fathom::inter_block", mutates_args=())
+@operator("inter_block")
 def inter_block(
     sources: list[Tensor], queries: Tensor, eps: float, scale: float, normalize_values: bool
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], list[Tensor]]:
@@ -27,7 +28,7 @@ def inter_block(
     return *mixed(sources, scores, rstds if normalize_values else None), scores, rstds
 
 
-@inter_block.register_fake
+@torch.library.register_fake(inter_block)
 def _(sources, queries, eps, scale, normalize_values):
     first, num_reads = sources[0], queries.shape[0]
     num_tokens = first.shape[0]
@@ -40,7 +41,7 @@ def _(sources, queries, eps, scale, normalize_values):
     )
 
 
-@torch.library.custom_op("fathom::inter_block_backward", mutates_args=())
+@operator("inter_block_backward")
 def inter_block_backward(
     sources: list[Tensor], queries: Tensor, softmax: Tensor, scores: list[Tensor], rstds: list[Tensor], douts: list[Tensor],
     dlse: Tensor, scale: float, normalize_values: bool,
@@ -53,7 +54,7 @@ def inter_block_backward(
     return dsources, dqueries
 
 
-@inter_block_backward.register_fake
+@torch.library.register_fake(inter_block_backward)
 def _(sources, queries, softmax, scores, rstds, douts, dlse, scale, normalize_values):
     return [source.new_empty(source.shape) for source in sources], softmax.new_empty(queries.shape)
 
@@ -77,4 +78,4 @@ def _gradients(ctx, douts, dlse, *_):
     return dsources, dqueries.to(queries.dtype), None, None, None
 
 
-inter_block.register_autograd(_gradients, setup_context=_setup)
+torch.library.register_autograd(inter_block, _gradients, setup_context=_setup)

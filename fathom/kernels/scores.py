@@ -23,8 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fathom.depth_attention import compute_dtype
+from fathom.kernels.operators import operator
 from fathom.kernels.tiles import (
     accumulator,
+    cdiv,
     is_aligned,
     on_their_device,
     padded,
@@ -199,7 +201,7 @@ def _query_terms(queries: Tensor, products: dict[str, Any]) -> Tensor:
     if products["TERMS"] == 1:
         return queries if products["SPLIT"] else queries.to(compute_dtype(queries))
     terms = queries.new_empty(products["TERMS"], *queries.shape, dtype=torch.bfloat16)
-    _terms[(triton.cdiv(queries.numel(), 1024),)](queries, terms, queries.numel(), COUNT=products["TERMS"], BLOCK=1024)
+    _terms[(cdiv(queries.numel(), 1024),)](queries, terms, queries.numel(), COUNT=products["TERMS"], BLOCK=1024)
     return terms
 
 
@@ -221,7 +223,7 @@ def scores_of(
     block_k = _query_tile(num_queries, products)
     # What is on the way to a multiprocessor, rows and queries, must fit its shared memory.
     columns = SCORE_COLUMNS if products["SPLIT"] and block_k * products["TERMS"] < 128 else min(SCORE_COLUMNS, 64)
-    _scores[(triton.cdiv(num_tokens, SCORE_TOKENS), num_sources, triton.cdiv(num_queries, block_k))](
+    _scores[(cdiv(num_tokens, SCORE_TOKENS), num_sources, cdiv(num_queries, block_k))](
         pointers(sources), strides_of(sources), partial, total, _query_terms(queries, products), pointers(scores),
         pointers(rstds), num_tokens, num_queries, dim, eps, scale, PARTIAL=partial is not None, N=padded(num_sources),
         K_PAD=block_k, BLOCK_T=SCORE_TOKENS, BLOCK_D=min(columns, power_of_two(dim, 16)), ALIGNED=is_aligned(*sources),
@@ -243,14 +245,14 @@ def gradients_of(
     kind = torch.bfloat16 if products["SPLIT"] else compute_dtype(first)
     terms = first.new_empty(num_sources, count, num_queries, num_tokens, dtype=kind)
     own = statistic(first, num_sources, num_tokens)
-    _coefficients[(triton.cdiv(num_tokens, COEFFICIENT_TOKENS), num_sources)](
+    _coefficients[(cdiv(num_tokens, COEFFICIENT_TOKENS), num_sources)](
         pointers(scores), pointers(rstds), pointers(dscores), pointers(drstds or None), terms, own, num_tokens, num_queries,
         dim, N=padded(num_sources), K_PAD=16, COUNT=count, BLOCK_T=COEFFICIENT_TOKENS, DRSTD=bool(drstds),
         ACC=products["ACC"],
     )  # fmt: skip
     block_d = min(GRADIENT_COLUMNS, power_of_two(dim, 16))
-    num_shares = max(1, min(triton.cdiv(num_tokens, GRADIENT_TOKENS), GRADIENT_PROGRAMS // triton.cdiv(dim, block_d)))
-    tokens_each = triton.cdiv(triton.cdiv(num_tokens, num_shares), GRADIENT_TOKENS) * GRADIENT_TOKENS
+    num_shares = max(1, min(cdiv(num_tokens, GRADIENT_TOKENS), GRADIENT_PROGRAMS // cdiv(dim, block_d)))
+    tokens_each = cdiv(cdiv(num_tokens, num_shares), GRADIENT_TOKENS) * GRADIENT_TOKENS
     dqueries = statistic(first, num_shares, num_queries, dim)
     block_k, query_terms = _query_tile(num_queries, products), _query_terms(queries, products)
     # Several chunks of queries add to a source's gradient one after the other; only the whole is rounded.
@@ -258,7 +260,7 @@ def gradients_of(
     found = dsources if is_one else [statistic(first, num_tokens, dim) for _ in sources]
     for start in range(0, num_queries, block_k):
         so_far = given if start == 0 else found
-        _gradients[(triton.cdiv(dim, block_d), num_shares)](
+        _gradients[(cdiv(dim, block_d), num_shares)](
             pointers(sources), strides_of(sources), pointers(so_far), query_terms, terms, own, pointers(found), dqueries, start,
             num_sources, num_tokens, num_queries, dim, tokens_each, scale, GIVEN=so_far is not None, OWN=start == 0,
             N=padded(num_sources), K_PAD=block_k, BLOCK_T=GRADIENT_TOKENS, BLOCK_D=block_d, COUNT=count,
@@ -270,7 +272,7 @@ def gradients_of(
     return dqueries.sum(0)
 
 
-@torch.library.custom_op("fathom::score", mutates_args=())
+@operator("score")
 def score_op(
     partial: Tensor | None, sources: list[Tensor], queries: Tensor, eps: float, scale: float
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -280,7 +282,7 @@ def score_op(
     return [] if total is None else [total], scores, rstds
 
 
-@score_op.register_fake
+@torch.library.register_fake(score_op)
 def _(partial, sources, queries, eps, scale):
     first, num_tokens = sources[0], sources[0].shape[0]
     return (
@@ -290,7 +292,7 @@ def _(partial, sources, queries, eps, scale):
     )
 
 
-@torch.library.custom_op("fathom::score_backward", mutates_args=())
+@operator("score_backward")
 def score_backward(
     sources: list[Tensor], queries: Tensor, scores: list[Tensor], rstds: list[Tensor], dscores: list[Tensor],
     passed: list[Tensor], scale: float,
@@ -300,7 +302,7 @@ def score_backward(
     return found, gradients_of(sources, queries, scores, rstds, dscores, [], passed or None, found, scale)
 
 
-@score_backward.register_fake
+@torch.library.register_fake(score_backward)
 def _(sources, queries, scores, rstds, dscores, passed, scale):
     return [source.new_empty(source.shape) for source in sources], scores[0].new_empty(queries.shape)
 

@@ -24,7 +24,7 @@ def on_their_device(launch: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(launch)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = (each for arg in args for each in (arg if isinstance(arg, list) else [arg]))
+        given = (arg[0] if isinstance(arg, list) and arg else arg for arg in args)
         with torch.cuda.device_of(next(each for each in given if isinstance(each, Tensor))):
             return launch(*args, **kwargs)
 
@@ -136,7 +136,9 @@ def statistic(like: Tensor, *shape: int) -> Tensor:
 
 def present(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     """Gradients, contiguous; zeros (one tensor of them) where autograd has none."""
-    absent = torch.zeros_like(like, memory_format=torch.contiguous_format) if None in grads else None
+    # Not ``None in grads``, which compares each tensor with None.
+    some_absent = any(grad is None for grad in grads)
+    absent = torch.zeros_like(like, memory_format=torch.contiguous_format) if some_absent else None
     return [absent if grad is None else grad.contiguous() for grad in grads]  # type: ignore[misc]
 
 
@@ -144,6 +146,12 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many parts of ``size`` cover n. Triton's own takes microseconds on the host."""
+    return -(-n // size)
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; one elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -23,9 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fathom.kernels.operators import operator
 from fathom.kernels.tiles import (
     FEW_TOKENS,
     accumulator,
+    cdiv,
     few_warps,
     four_sums,
     multiprocessors,
@@ -172,6 +174,11 @@ SHARES, SHARE_COLUMNS = 64, 32
 """Shares that ``_weight_gradients`` takes at a time, and columns of one of its programs."""
 
 
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """Tokens and D of a contiguous [..., D], which the kernels take as it is."""
+    return tensor.numel() // tensor.shape[-1], tensor.shape[-1]
+
+
 def _tile(dim: int, few: bool) -> tuple[int, int, int]:
     columns = power_of_two(dim, 16)
     if few:
@@ -182,31 +189,31 @@ def _tile(dim: int, few: bool) -> tuple[int, int, int]:
 
 def _backward_tile(total: Tensor) -> tuple[int, int, int, int]:
     """One row of at least 2048 columns or several shorter ones, and as many on the way as shared memory takes."""
-    columns = power_of_two(total.shape[1], 16)
+    columns = power_of_two(total.shape[-1], 16)
     tokens = max(1, min(8, BACKWARD_ELEMENTS // columns))
     stages = 1 + BACKWARD_BYTES // (4 * tokens * columns * total.element_size())
     return tokens, columns, max(4, warps(tokens * columns * 2)), min(stages, BACKWARD_STAGES)
 
 
-@torch.library.custom_op("fathom::update_read", mutates_args=())
+@operator("update_read")
 @on_their_device
 def update_read_op(
     partial: Tensor | None, output: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None,
     norm_weight: Tensor | None, eps: float, norm_eps: float, return_mix: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The equations above for [tokens, D]; ``query`` with its key gain folded in.
+    """The equations above for contiguous [..., D]; ``query`` with its key gain folded in.
 
     Returns what there is of b' (with ``partial``), x (with ``norm_weight``) and h (with ``return_mix``), then [3, tokens] of
     statistics.
     """
-    num_tokens, dim = output.shape
+    num_tokens, dim = rows_of(output)
     total = torch.empty_like(output) if partial is not None else None
     x = torch.empty_like(output) if norm_weight is not None else None
     mix = torch.empty_like(output) if return_mix else None
     stats = statistic(output, 3, num_tokens)
     few = num_tokens <= FEW_TOKENS
     block_t, block_d, num_warps = _tile(dim, few)
-    _forward[(triton.cdiv(num_tokens, block_t),)](
+    _forward[(cdiv(num_tokens, block_t),)](
         partial, output, inter, lse, query, norm_weight, total, x, mix, stats, num_tokens, dim, eps, norm_eps,
         PARTIAL=partial is not None, INTER=inter is not None, NORM=norm_weight is not None, MIX=return_mix,
         BLOCK_T=block_t, BLOCK_D=block_d, FEW=few, TOGETHER=few and sums_together(output, block_d), ACC=accumulator(output),
@@ -215,27 +222,27 @@ def update_read_op(
     return [tensor for tensor in (total, x, mix, stats) if tensor is not None]
 
 
-@update_read_op.register_fake
+@torch.library.register_fake(update_read_op)
 def _(partial, output, inter, lse, query, norm_weight, eps, norm_eps, return_mix):
     count = (partial is not None) + (norm_weight is not None) + return_mix
-    stats = statistic(output, 3, output.shape[0])
+    stats = statistic(output, 3, rows_of(output)[0])
     return [*(torch.empty_like(output) for _ in range(count)), stats]
 
 
-@torch.library.custom_op("fathom::update_read_backward", mutates_args=())
+@operator("update_read_backward")
 @on_their_device
 def update_read_backward(
     total: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None, norm_weight: Tensor | None, stats: Tensor,
     dtotal_in: Tensor | None, dx: Tensor | None, dmix: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of b and f alike [tokens, D], of the inter-block part and its lse, of the query and of the norm's weight [D];
+    """Gradients of b and f alike [..., D], of the inter-block part and its lse [...], of the query and of the norm's weight [D];
     empty where there is none."""
-    num_tokens, dim = total.shape
+    num_tokens, dim = rows_of(total)
     dtotal = torch.empty_like(total)
     dinter = torch.empty_like(total) if inter is not None else total.new_empty(0)
-    dlse = stats.new_empty(num_tokens if inter is not None else 0)
+    dlse = stats.new_empty(lse.shape if lse is not None else 0)
     block_t, block_d, num_warps, stages = _backward_tile(total)
-    programs = min(BACKWARD_PROGRAMS * multiprocessors(total.device), triton.cdiv(num_tokens, block_t))
+    programs = min(BACKWARD_PROGRAMS * multiprocessors(total.device), cdiv(num_tokens, block_t))
     dweights = stats.new_empty(programs, 2, dim)
     _backward[(programs,)](
         total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix, dtotal, dinter, dlse, dweights, num_tokens, dim,
@@ -244,20 +251,20 @@ def update_read_backward(
     )  # fmt: skip
     dquery = torch.empty_like(query) if inter is not None and query is not None else total.new_empty(0)
     dnorm_weight = torch.empty_like(norm_weight) if dx is not None and norm_weight is not None else total.new_empty(0)
-    _weight_gradients[(triton.cdiv(dim, SHARE_COLUMNS), 2)](
+    _weight_gradients[(cdiv(dim, SHARE_COLUMNS), 2)](
         dweights, dquery, dnorm_weight, programs, dim, INTER=inter is not None, NORM=dx is not None, BLOCK_S=SHARES,
         BLOCK_D=SHARE_COLUMNS, ACC=accumulator(total), num_warps=4,
     )  # fmt: skip
     return dtotal, dinter, dlse, dquery, dnorm_weight
 
 
-@update_read_backward.register_fake
+@torch.library.register_fake(update_read_backward)
 def _(total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix):
     here = inter is not None
     return (
         torch.empty_like(total),
         torch.empty_like(total) if here else total.new_empty(0),
-        stats.new_empty(total.shape[0] if here else 0),
+        stats.new_empty(lse.shape if here else 0),
         torch.empty_like(query) if here else total.new_empty(0),
         torch.empty_like(norm_weight) if dx is not None else total.new_empty(0),
     )
@@ -304,7 +311,7 @@ def update_read(
     partial: Tensor | None, output: Tensor, inter: Tensor | None, lse: Tensor | None, query: Tensor | None,
     norm_weight: Tensor | None, eps: float, norm_eps: float, return_mix: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The equations at the top for [tokens, D]: b', then x (with ``norm_weight``) and h (with ``return_mix``)."""
+    """The equations at the top for contiguous [..., D]: b', then x (with ``norm_weight``) and h (with ``return_mix``)."""
     return list(
         _Update.apply(partial, output, inter, lse, query, norm_weight, eps, norm_eps, return_mix)
     )  # fmt: skip

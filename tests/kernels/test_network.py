@@ -221,6 +221,15 @@ def test_opcheck(device: str):
     torch.library.opcheck(update.update_read_op, (None, rows[1], None, None, None, weight, 1e-6, 1e-6, True))
 
 
+def test_second_derivatives_are_refused(device: str):
+    """The operators have none, and what autograd does not know of would count as constant."""
+    rows = [torch.randn(3, 16, device=device, requires_grad=True) for _ in range(2)]
+    with use_backend("triton"):
+        _, x = kernels.update_read(*rows, None, None, None, None, torch.ones(16, device=device))
+        with pytest.raises(NotImplementedError, match="fathom::update_read_backward has no gradient"):
+            torch.autograd.grad(x.square().sum(), rows, create_graph=True)
+
+
 COMPILED = """
 import torch
 from fathom.kernels import mix, score_bank, use_backend
