@@ -4,12 +4,13 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.backends.debugging import aot_eager
 
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.parallel.config import ParallelConfig
@@ -34,7 +35,7 @@ LAYOUTS = {
 }
 """By world size. Each trains from the start, and goes on from the middle of a run on other processes."""
 ROUGH = {
-    "pp2-bf16": {"precision": "bf16", "parallel": ParallelConfig(pp=2, virtual=2)},
+    "pp2-bf16-compiled": {"precision": "bf16", "compile": "layers", "parallel": ParallelConfig(pp=2, virtual=2)},
     "dp2-bf16-compiled": {"precision": "bf16", "compile": "layers", "parallel": ParallelConfig(dp=2)},
     "tp2-bf16-compiled": {"precision": "bf16", "compile": "layers", "parallel": ParallelConfig(tp=2)},
 }
@@ -82,10 +83,10 @@ def in_float64(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         torch.set_default_dtype(before)
 
 
-def train_all(world: int, rank: int, folder: Path) -> int:
+def train_all(world: int, rank: int, folder: Path) -> dict[str, list[str]]:
     """On every rank of a world: train ``folder/<layout>``, and go on with ``folder/<layout>-from-<another>``.
 
-    Returns how many graphs were compiled, by a backend that needs no compiler.
+    Returns, by run, the functions that its compiled graphs call; they are compiled by a backend that needs no compiler.
     """
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
 
@@ -100,8 +101,16 @@ def train_all(world: int, rank: int, folder: Path) -> int:
         run = folder / f"{name}-from-{BEFORE[name]}"
         once(lambda name=name, run=run: cut_short(folder / BEFORE[name], run))
         in_float64(lambda run=run, parallel=parallel: loop.resume(run, parallel))
-    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
+    called: dict[str, list[str]] = {}
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        called[name] += [node.target.__name__ for node in graph.graph.nodes if node.op == "call_function"]
+        return aot_eager(graph, inputs)
+
+    torch.compile = partial(torch.compile, backend=backend)  # type: ignore[assignment]
     for name, changes in ROUGH.items() if world == 2 else ():
+        called[name] = []
+        torch.compiler.reset()
         short = replace(config(folder / "corpus"), steps=2, eval_sequences=2, **changes)
         loop.train(short, folder / name)
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return called

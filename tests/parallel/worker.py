@@ -251,7 +251,7 @@ def main(world: int, rank: int, folder: Path) -> None:
             name: (run_whole if case.pp == 1 else run)(case) for name, case in CASES.items() if case.world == world
         }
         seen["reshard"] = reshard(world, folder)
-        seen["compiled graphs"] = train_all(world, rank, folder)
+        seen["compiled calls"] = train_all(world, rank, folder)
         if world == 2:
             benchmark(folder / "benchmark")
         torch.save(seen, folder / f"{world}-{rank}.pt")
