@@ -88,8 +88,13 @@ def _check_sources(sources: Sequence[Tensor]) -> tuple[int, ...]:
             f"sources[0] is {tuple(sources[0].shape)} {sources[0].dtype}: a source is a floating-point [..., D]"
         )
     for index, source in enumerate(sources):
-        _check(f"sources[{index}]", source, tuple(sources[0].shape), sources[0])
-    return tuple(sources[0].shape)
+        _check(f"sources[{index}]", source, sources[0].shape, sources[0])
+    return sources[0].shape
+
+
+def _shaped(tensors: Sequence[Tensor], shape: Sequence[int]) -> list[Tensor]:
+    """From or to [tokens, D], which sources that are not contiguous are taken as."""
+    return [each if each.shape == shape else each.view(shape) for each in tensors]
 
 
 def score(
@@ -128,9 +133,10 @@ def _score(
         from fathom.kernels import scores as kernel
         from fathom.kernels.tiles import as_rows
 
-        before = None if partial is None else as_rows(partial).contiguous()
-        rows, scores = kernel.score(before, [as_rows(source) for source in sources], queries.contiguous(), eps, 1.0)
-        return [row.view(shape) for row in rows], [each.view(-1, *shape[:-1]) for each in scores]
+        rows = [as_rows(source) for source in sources]
+        before = None if partial is None else _shaped([partial.contiguous()], rows[0].shape)[0]
+        rows, scores = kernel.score(before, rows, queries.contiguous(), eps, 1.0)
+        return _shaped(rows, shape), _shaped(scores, (len(queries), *shape[:-1]))
     if partial is not None:
         sources = [partial + first]
     return sources, [two_phase.score(source, queries, eps=eps) for source in sources]
@@ -160,7 +166,7 @@ def mix(
         from fathom.kernels.tiles import as_rows
 
         flat = [each.reshape(each.shape[0], -1).to(compute_dtype(first)).contiguous() for each in scores]
-        rows, lse, passed = kernel.mix([as_rows(source) for source in sources], flat)
+        rows, lse, passed = kernel.mix([as_rows(source.reshape(-1, shape[-1])) for source in sources], flat)
         outs, lses = [row.view(shape) for row in rows], [row.view(shape[:-1]) for row in lse.unbind(0)]
         sources = [row.view(shape) for row in passed]
     else:
@@ -207,17 +213,15 @@ def turn(
     _check("norm_weight", norm_weight, shape[-1:], output, dtype=False)
     if backend_for(output.device, output.dtype) == "triton" and not torch.is_grad_enabled():
         from fathom.kernels import turns as kernel
-        from fathom.kernels.tiles import FEW_TOKENS, as_rows
+        from fathom.kernels.tiles import FEW_TOKENS, as_rows, size_of
 
-        if output.shape[:-1].numel() <= FEW_TOKENS:
-            flat = [each.reshape(num_queries, -1).to(compute_dtype(output)).contiguous() for each in scores]
-            before = None if partial is None else as_rows(partial).contiguous()
-            source, own, rows, lse = kernel.turn(
-                before, as_rows(output).contiguous(), [as_rows(each) for each in bank], flat, queries.contiguous(),
-                num_reads, None if norm_weight is None else norm_weight.contiguous(), eps, norm_eps,
+        if size_of(output)[0] <= FEW_TOKENS:
+            known = [each.to(compute_dtype(output)).contiguous() for each in scores]
+            source, own, reads, lse = kernel.turn(
+                None if partial is None else partial.contiguous(), output.contiguous(), [as_rows(each) for each in bank], known,
+                queries.contiguous(), num_reads, None if norm_weight is None else norm_weight.contiguous(), eps, norm_eps,
             )  # fmt: skip
-            reads = [row.view(shape) for row in rows]
-            return source.view(shape), own.view(-1, *shape[:-1]), reads, [row.view(shape[:-1]) for row in lse.unbind(0)]
+            return source, own, reads, lse.unbind(0)
     source, own = score(partial, output, queries, eps=eps)
     now = [each[:num_reads] for each in (*scores, own)]
     outs, lses, _ = mix([*bank, source], now, norm_weight=norm_weight, norm_eps=norm_eps)
@@ -254,9 +258,8 @@ def inter_block(
         from fathom.kernels import inter as kernel
         from fathom.kernels.tiles import as_rows
 
-        rows, lse, *_ = kernel.inter_block(
-            [as_rows(source) for source in sources], fold_gain(queries, gain).contiguous(), eps, scale, normalize_values
-        )
+        flat = [as_rows(source.reshape(-1, shape[-1])) for source in sources]
+        rows, lse, *_ = kernel.inter_block(flat, fold_gain(queries, gain).contiguous(), eps, scale, normalize_values)
         outs, lses = [row.view(shape) for row in rows], [row.view(shape[:-1]) for row in lse.unbind(0)]
     else:
         out, lse = two_phase.inter_block(

@@ -36,6 +36,7 @@ from fathom.kernels.tiles import (
     power_of_two,
     present,
     rsqrt,
+    size_of,
     statistic,
     strides_of,
 )
@@ -213,12 +214,12 @@ def _query_tile(num_queries: int, products: dict[str, Any]) -> int:
 def scores_of(
     sources: list[Tensor], queries: Tensor, eps: float, scale: float, partial: Tensor | None = None
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Launch ``_scores``: the sum (with ``partial``, of a single source), scores [K, tokens] and reciprocal norms [tokens]."""
-    first, (num_queries, dim), num_sources = sources[0], queries.shape, len(sources)
-    num_tokens = first.shape[0]
-    total = first.new_empty(num_tokens, dim) if partial is not None else None
-    scores = [statistic(first, num_queries, num_tokens) for _ in sources]
-    rstds = [statistic(first, num_tokens) for _ in sources]
+    """Launch ``_scores``: the sum (with ``partial``, of a single source), scores [K, ...] and reciprocal norms [...]."""
+    first, num_queries, num_sources = sources[0], len(queries), len(sources)
+    (num_tokens, dim), batch = size_of(first), first.shape[:-1]
+    total = first.new_empty(first.shape) if partial is not None else None
+    scores = [statistic(first, num_queries, *batch) for _ in sources]
+    rstds = [statistic(first, *batch) for _ in sources]
     products = _products(first, queries)
     block_k = _query_tile(num_queries, products)
     # What is on the way to a multiprocessor, rows and queries, must fit its shared memory.
@@ -238,8 +239,8 @@ def gradients_of(
     drstds: list[Tensor], given: list[Tensor] | None, dsources: list[Tensor], scale: float,
 ) -> Tensor:  # fmt: skip
     """Launch ``_gradients``: write those of the sources, with ``given`` added; return that of the queries [K, D]."""
-    first, (num_queries, dim), num_sources = sources[0], queries.shape, len(sources)
-    num_tokens = first.shape[0]
+    first, num_queries, num_sources = sources[0], len(queries), len(sources)
+    num_tokens, dim = size_of(first)
     products = _products(first, queries)
     count = 1 if not products["SPLIT"] else 3 if products["TERMS"] > 1 else 2
     kind = torch.bfloat16 if products["SPLIT"] else compute_dtype(first)
@@ -257,7 +258,7 @@ def gradients_of(
     block_k, query_terms = _query_tile(num_queries, products), _query_terms(queries, products)
     # Several chunks of queries add to a source's gradient one after the other; only the whole is rounded.
     is_one = num_queries <= block_k
-    found = dsources if is_one else [statistic(first, num_tokens, dim) for _ in sources]
+    found = dsources if is_one else [statistic(first, *each.shape) for each in dsources]
     for start in range(0, num_queries, block_k):
         so_far = given if start == 0 else found
         _gradients[(cdiv(dim, block_d), num_shares)](
@@ -276,19 +277,19 @@ def gradients_of(
 def score_op(
     partial: Tensor | None, sources: list[Tensor], queries: Tensor, eps: float, scale: float
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The sum of a block and its last output [tokens, D] (with ``partial`` and a single source, else nothing), then of each
-    source the scores [K, tokens] by folded queries [K, D] and the reciprocal norms [tokens]."""
+    """The sum of a block and its last output [..., D] (with ``partial`` and a single source, else nothing), then of each
+    source the scores [K, ...] by folded queries [K, D] and the reciprocal norms [...]."""
     total, scores, rstds = scores_of(sources, queries, eps, scale, partial)
     return [] if total is None else [total], scores, rstds
 
 
 @torch.library.register_fake(score_op)
 def _(partial, sources, queries, eps, scale):
-    first, num_tokens = sources[0], sources[0].shape[0]
+    first, batch = sources[0], sources[0].shape[:-1]
     return (
         [] if partial is None else [first.new_empty(first.shape)],
-        [statistic(first, queries.shape[0], num_tokens) for _ in sources],
-        [statistic(first, num_tokens) for _ in sources],
+        [statistic(first, queries.shape[0], *batch) for _ in sources],
+        [statistic(first, *batch) for _ in sources],
     )
 
 
@@ -297,7 +298,7 @@ def score_backward(
     sources: list[Tensor], queries: Tensor, scores: list[Tensor], rstds: list[Tensor], dscores: list[Tensor],
     passed: list[Tensor], scale: float,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-    """Gradients of the sources [tokens, D], ``passed`` (or nothing: an empty list) added, and of the queries [K, D]."""
+    """Gradients of the sources [..., D], ``passed`` (or nothing: an empty list) added, and of the queries [K, D]."""
     found = [source.new_empty(source.shape) for source in sources]
     return found, gradients_of(sources, queries, scores, rstds, dscores, [], passed or None, found, scale)
 
@@ -338,7 +339,7 @@ class _Score(torch.autograd.Function):
 def score(
     partial: Tensor | None, sources: Sequence[Tensor], queries: Tensor, eps: float, scale: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """N sources [tokens, D], or ``partial`` and the only one added, and their N scores [K, tokens] by folded queries [K, D].
+    """N sources, rows each, or ``partial`` and the only one added, and their N scores [K, ...] by folded queries [K, D].
 
     The sources come back for their reads: what those add to the gradient, this backward pass takes up.
     """

@@ -95,9 +95,17 @@ def four_sums(a, b, c, d, DIM: tl.constexpr):
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """``tensor`` [..., D] as [tokens, D] with adjacent columns: a view wherever its layout allows one."""
+    """``tensor`` [..., D] as rows with adjacent columns: itself if it is contiguous, else [tokens, D], a view if that can be."""
+    if tensor.is_contiguous():
+        return tensor
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def size_of(rows: Tensor) -> tuple[int, int]:
+    """Tokens and D."""
+    dim = rows.shape[-1]
+    return rows.numel() // dim, dim
 
 
 PAD_FROM, PAD_TO = 8, 8
@@ -114,14 +122,19 @@ def pointers(tensors: list[Tensor] | None) -> tuple[Tensor, ...] | None:
     return None if tensors is None else (*tensors, *[tensors[0]] * (padded(len(tensors)) - len(tensors)))
 
 
+def stride_of(rows: Tensor) -> int:
+    """From row to row of one of ``as_rows``; where there are other dims it is contiguous, and a dim of 1 has any stride."""
+    return rows.stride(0) if rows.ndim == 2 else rows.shape[-1]
+
+
 def strides_of(tensors: list[Tensor]) -> tuple[int, ...]:
-    """From row to row of each [tokens, D], filled up as ``pointers`` fills up."""
-    return tuple(t.stride(0) for t in pointers(tensors) or ())
+    """From row to row of each of ``as_rows``, filled up as ``pointers`` fills up."""
+    return tuple(stride_of(t) for t in pointers(tensors) or ())
 
 
 def is_aligned(*tensors: Tensor) -> bool:
-    """Whether every row of ``tensors`` [tokens, D] starts at a multiple of 16 bytes, so that loads may be 16 bytes wide."""
-    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
+    """Whether every row of ``tensors``, each of ``as_rows``, starts at a multiple of 16 bytes: loads may be 16 bytes wide."""
+    return all(t.data_ptr() % 16 == 0 and stride_of(t) * t.element_size() % 16 == 0 for t in tensors)
 
 
 def accumulator(tensor: Tensor) -> tl.dtype:

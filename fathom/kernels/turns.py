@@ -25,6 +25,7 @@ from fathom.kernels.tiles import (
     power_of_two,
     row_pointers,
     rsqrt,
+    size_of,
     statistic,
     strides_of,
     sums_together,
@@ -100,12 +101,12 @@ def turn(
     partial: Tensor | None, output: Tensor, bank: Sequence[Tensor], known: Sequence[Tensor], queries: Tensor, num_reads: int,
     norm_weight: Tensor | None, eps: float, norm_eps: float,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """Launch ``_turn`` on rows [tokens, D] and scores [K, tokens]: the source that ends, its scores [K, tokens], the S reads
-    (the first normalised, if there is a ``norm_weight``) and their lse [S, tokens]."""
-    num_tokens, dim = output.shape
+    """Launch ``_turn`` on an output [..., D], a bank of rows and scores [K, ...]: the source that ends, its scores [K, ...], the
+    S reads (the first normalised, if there is a ``norm_weight``) and their lse [S, ...]."""
+    (num_tokens, dim), batch = size_of(output), output.shape[:-1]
     num_queries, num_sources = len(queries), len(bank)
     total = output if partial is None else torch.empty_like(output)
-    scores, lse = statistic(output, num_queries, num_tokens), statistic(output, num_reads, num_tokens)
+    scores, lse = statistic(output, num_queries, *batch), statistic(output, num_reads, *batch)
     outs = [torch.empty_like(output) for _ in range(num_reads)]
     block_d, count = power_of_two(dim, 16), padded(num_sources)
     # A tuple cannot be empty: without sources there is one, of which nothing is read.

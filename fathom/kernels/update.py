@@ -34,6 +34,7 @@ from fathom.kernels.tiles import (
     on_their_device,
     power_of_two,
     rsqrt,
+    size_of,
     statistic,
     sums_together,
     warps,
@@ -174,11 +175,6 @@ SHARES, SHARE_COLUMNS = 64, 32
 """Shares that ``_weight_gradients`` takes at a time, and columns of one of its programs."""
 
 
-def rows_of(tensor: Tensor) -> tuple[int, int]:
-    """Tokens and D of a contiguous [..., D], which the kernels take as it is."""
-    return tensor.numel() // tensor.shape[-1], tensor.shape[-1]
-
-
 def _tile(dim: int, few: bool) -> tuple[int, int, int]:
     columns = power_of_two(dim, 16)
     if few:
@@ -206,7 +202,7 @@ def update_read_op(
     Returns what there is of b' (with ``partial``), x (with ``norm_weight``) and h (with ``return_mix``), then [3, tokens] of
     statistics.
     """
-    num_tokens, dim = rows_of(output)
+    num_tokens, dim = size_of(output)
     total = torch.empty_like(output) if partial is not None else None
     x = torch.empty_like(output) if norm_weight is not None else None
     mix = torch.empty_like(output) if return_mix else None
@@ -225,7 +221,7 @@ def update_read_op(
 @torch.library.register_fake(update_read_op)
 def _(partial, output, inter, lse, query, norm_weight, eps, norm_eps, return_mix):
     count = (partial is not None) + (norm_weight is not None) + return_mix
-    stats = statistic(output, 3, rows_of(output)[0])
+    stats = statistic(output, 3, size_of(output)[0])
     return [*(torch.empty_like(output) for _ in range(count)), stats]
 
 
@@ -237,7 +233,7 @@ def update_read_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of b and f alike [..., D], of the inter-block part and its lse [...], of the query and of the norm's weight [D];
     empty where there is none."""
-    num_tokens, dim = rows_of(total)
+    num_tokens, dim = size_of(total)
     dtotal = torch.empty_like(total)
     dinter = torch.empty_like(total) if inter is not None else total.new_empty(0)
     dlse = stats.new_empty(lse.shape if lse is not None else 0)

@@ -164,6 +164,36 @@ def test_a_single_source_is_its_own_read(device: str):
     assert all(torch.equal(a, b) for a, b in zip(lse, scores, strict=True))
 
 
+LAYOUTS = {
+    "batches": lambda rows: rows.view(2, 3, 24),
+    "a dim of one with a stride of its own": lambda rows: rows.view(1, 6, 24).transpose(0, 1),
+    "columns of a wider tensor": lambda rows: torch.cat([rows, rows], 1)[:, :24].view(2, 3, 24),
+}
+
+
+@pytest.mark.parametrize("layouts", [*((name, name) for name in LAYOUTS), ("columns of a wider tensor", "batches")])
+def test_layouts_change_no_bit(layouts: tuple[str, str], device: str):
+    """The first source has the one, the others have the other: outputs and gradients are those of [tokens, D]."""
+    rows = [torch.randn(6, 24).to(device) for _ in range(4)]
+    queries, weight = torch.randn(3, 24).to(device), torch.rand(24).to(device)
+    shaped = [LAYOUTS[layouts[index > 0]](each) for index, each in enumerate(rows)]
+    found = []
+    for given in (rows, shaped):
+        *sources, output = leaves = [each.detach().requires_grad_() for each in given]
+        with use_backend("triton"):
+            bank, scores = kernels.score_bank(sources, queries)
+            last, own = kernels.score(bank[0], output, queries)
+            reads, lse, passed = kernels.mix([*bank, last], [*scores, own])
+            unscored, their_lse = kernels.inter_block(passed, queries)
+            x = kernels.update_read(passed[0], last, reads[1], lse[1], queries[1], None, weight)[1]
+        outputs = [x, *reads, *lse, *unscored, *their_lse]
+        assert all(each.shape == sources[0].shape for each in (last, x, *reads, *unscored))
+        assert all(each.shape == (3, *sources[0].shape[:-1]) for each in (*scores, own))
+        found.append([*outputs, *torch.autograd.grad(sum(each.square().sum() for each in outputs), leaves)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a.flatten(), b.flatten())
+
+
 def test_repeats_have_the_same_bits(device: str):
     dtype = DTYPES[1]
     for call, inputs in (
