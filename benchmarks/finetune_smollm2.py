@@ -15,6 +15,7 @@ import datetime
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import shutil
 import sys
 import time
@@ -45,7 +46,10 @@ def trained(model: Path, out: Path, config: FinetuneConfig, end: float) -> dict[
         if time.time() > end:
             print(f"{out.name}: not begun, the minutes are over", file=sys.stderr)
             return None
-        finetune(model, out, config)
+        try:
+            finetune(model, out, config)
+        except KeyboardInterrupt:
+            os._exit(130)  # with its worker, and so the pool, which would else begin the next run
         for path in out.iterdir():
             if path.name not in ("summary.json", "metrics.jsonl", "env.json", "finetune.json"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -3,6 +3,8 @@
 import importlib
 import json
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -123,11 +125,25 @@ def test_what_does_not_fit_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_committed_numbers_follow_from_the_committed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("finetune_smollm2")
+
+
+def test_ctrl_c_ends_a_worker_of_the_benchmark(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pool takes any exception for the end of one run, and begins the next."""
+    monkeypatch.setattr(script, "finetune", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(script.os, "_exit", Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        script.trained(tmp_path, tmp_path / "run", FinetuneConfig(), float("inf"))
+
+
+def test_committed_numbers_follow_from_the_committed_runs(script: ModuleType) -> None:
     root = Path(__file__).parents[2]
     folder = root / "benchmarks/results/2026-11-22_smollm2-finetune"
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    script = importlib.import_module("finetune_smollm2")
     summaries = {
         arm: [json.loads((folder / f"runs/{arm}-seed{seed}/summary.json").read_text()) for seed in range(3)]
         for arm in script.ARMS
