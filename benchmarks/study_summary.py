@@ -11,7 +11,7 @@ from fathom.lab import ablations, depth_width, figures_sweep, scaling
 from fathom.lab.figures import svg
 from fathom.lab.figures_paper import figure_4
 from fathom.lab.intervals import Difference
-from fathom.lab.outcomes import read_outcomes
+from fathom.lab.outcomes import arms, read_outcomes
 from fathom.lab.plan import PLAN, Outcome
 from fathom.lab.report_sweep import Fit
 
@@ -88,11 +88,14 @@ def _finite(value: float) -> bool:
 
 
 def _stage(results: Path, name: str) -> list[Outcome]:
-    return read_outcomes([results / name]) if (results / name / PLAN).is_file() else []
+    """A stage's outcomes, of the arms of which a run is done."""
+    found = read_outcomes([results / name]) if (results / name / PLAN).is_file() else []
+    done = {end.planned.arm for end in found if end.val_loss is not None}
+    return [end for end in found if end.planned.arm in done]
 
 
 def summarize(results: Path) -> dict[str, Any]:
-    """Write and return the result of the files in ``results``; a stage that is not there is left out."""
+    """Write and return the result of the files in ``results``; a stage that is not there, or has no baseline, is left out."""
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -103,13 +106,16 @@ def summarize(results: Path) -> dict[str, Any]:
                 cases.setdefault(end.planned.case, []).append(end.val_loss)
         for case, losses in cases.items():
             rows += _losses(case, "prenorm", "tuning_loss", losses)
-    if found := _stage(results, "sizes"):
+    found = _stage(results, "sizes")
+    with_baseline = "prenorm" in arms(found)
+    if with_baseline:
         laws, law = _laws(found)
         rows += [*_gains(found), *laws]
         if law is not None:
             figures["scaling"] = figure_4(law)
-    if found := _stage(results, "rows"):
-        found += [end for end in _stage(results, "sizes") if end.planned.case == "s1" and end.planned.arm != "block"]
+    twins = [end for end in found if end.planned.case == "s1" and end.planned.arm != "block"]
+    if (found := _stage(results, "rows")) and with_baseline:
+        found += twins
         table = ablations.table(found)
         rows += _ablations(table)
         notes.append(ablations.luck(table))
@@ -125,7 +131,7 @@ def summarize(results: Path) -> dict[str, Any]:
             figures[f"shapes-{each.arm}"] = figures_sweep.heat_map(each, min(losses), max(losses))
     lines = (results / "spent.jsonl").read_text().splitlines() if (results / "spent.jsonl").is_file() else []
     spent = [json.loads(line) for line in lines]
-    where = json.loads(next(iter(sorted(results.glob("*/runs/*/env.json")))).read_text())
+    where = next((json.loads(path.read_text()) for path in sorted(results.glob("*/runs/*/env.json"))), {})
     result = {
         "name": "study", "date": "2026-11-22", "command": "python benchmarks/study.py run OUT",
         "machine": ", ".join(dict.fromkeys(each["machine"] for each in spent)),

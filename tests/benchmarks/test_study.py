@@ -93,6 +93,7 @@ def test_a_stage_waits_for_the_rates_and_time_is_added_up(
     assert study.run(out, 25, None) == 0, "no run begins once the budget is spent"
     assert "7,200 spent, -0 left" in capsys.readouterr().out
     assert not (out / "sizes" / "runs").exists()
+    assert study.summarize(out)["rows"] == [], "a stage of which no run is done"
 
 
 ROOT = Path(__file__).parents[2]
