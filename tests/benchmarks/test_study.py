@@ -89,7 +89,11 @@ def test_a_stage_waits_for_the_rates_and_time_is_added_up(
     rates = [by_size[f"s{size}"].lr for size in (1, 2, 3)]
     assert 8e-3 > rates[0] > rates[1] > rates[2], "half the rates at the second size: falling with compute"
     assert all(run.config.optim == by_size[run.case] for run in sizes), "all arms of a size share them"
-    (out / "spent.jsonl").write_text('{"stage": "rates", "seconds": 7199.5}\n{"stage": "sizes", "seconds": 1}\n')
+    spent = (
+        {"stage": "rates", "seconds": 7199.5, "machine": "one"},
+        {"stage": "sizes", "seconds": 1, "machine": "one"},
+    )
+    (out / "spent.jsonl").write_text("".join(json.dumps(line) + "\n" for line in spent))
     assert study.run(out, 25, None) == 0, "no run begins once the budget is spent"
     assert "7,200 spent, -0 left" in capsys.readouterr().out
     assert not (out / "sizes" / "runs").exists()
