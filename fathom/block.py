@@ -48,8 +48,9 @@ class Ahead(NamedTuple):
 
     queries: Tensor
     """Key gain folded in, [K, D]."""
-    scores: tuple[Tensor, ...]
-    """Of each source of the bank, its scores for them, [K, ...]."""
+    scores: tuple[tuple[Tensor, ...], ...]
+    """Of each source of the bank, its scores for them, cut into those of each block and of the output, [S, ...] each: once for
+    all, as the backward pass puts together again what was cut."""
 
 
 class BlockState(NamedTuple):
@@ -114,6 +115,11 @@ class BlockAttnRes(Stream):
     def _ranges(self) -> list[tuple[int, int]]:
         return list(zip(self.starts, [*self.starts[1:], self.num_sublayers], strict=True))
 
+    def _end(self, site: int) -> int:
+        """The first site after the block of ``site``."""
+        following = self.block_of_site[site] + 1
+        return self.starts[following] if following < len(self.starts) else self.num_sublayers
+
     def _gain(self, site: int) -> Tensor | None:
         return None if self.key_gain is None else self.key_gain[site]
 
@@ -136,20 +142,23 @@ class BlockAttnRes(Stream):
             return BlockState(bank, None, None)
         queries = fold_gain(self.query, self.key_gain)
         sources, scores = score_bank(bank, queries, eps=self.eps)
-        return BlockState(tuple(sources), None, None, ahead=Ahead(queries, tuple(scores)))
+        ahead = Ahead(queries, tuple(self._cut(each, 0) for each in scores))
+        return BlockState(tuple(sources), None, None, ahead=ahead)
+
+    def _cut(self, scores: Tensor, block: int) -> tuple[Tensor, ...]:
+        """Scores [K, ...] for the reads from ``block`` on, as ``Ahead`` has them."""
+        sizes = [end - max(first, 0) for first, end in self._ranges()[block:]]
+        rest = len(scores) - sum(sizes)
+        return scores.split([*sizes, rest] if rest else sizes)
 
     def _phase_1(self, state: BlockState, num_reads: int, norm_weight: Tensor | None, norm_eps: float) -> BlockState:
         """The next ``num_reads`` reads over the bank, the first of them normalised if there is a ``norm_weight``."""
         assert state.ahead is not None
 
-        def cut(rows: Tensor) -> tuple[Tensor, Tensor]:
-            now, later = rows.split([num_reads, len(rows) - num_reads])
-            return now, later
-
-        queries, queries_ahead = cut(state.ahead.queries)
-        scores, scores_ahead = zip(*map(cut, state.ahead.scores), strict=True)
+        queries, later = state.ahead.queries.split([num_reads, len(state.ahead.queries) - num_reads])
+        scores = tuple(each[0] for each in state.ahead.scores)
         outs, lses, bank = mix(state.bank, scores, norm_weight=norm_weight, norm_eps=norm_eps)
-        ahead = Ahead(queries_ahead, scores_ahead)
+        ahead = Ahead(later, tuple(each[1:] for each in state.ahead.scores))
         return BlockState(tuple(bank), None, None, tuple(outs), tuple(lses), queries.unbind(0), scores, ahead)
 
     @staticmethod
@@ -162,9 +171,9 @@ class BlockAttnRes(Stream):
         if self.schedule == "single_pass":
             return self._read_all(state, site, norm), state
         weight, norm_eps = norm_parts(norm)
-        first, end = self._ranges()[self.block_of_site[site]]
+        first = self.starts[self.block_of_site[site]]
         if site == first:
-            state = self._phase_1(state, end - first, weight, norm_eps)
+            state = self._phase_1(state, self._end(site) - first, weight, norm_eps)
             total, x = None, state.out[0]
         else:
             assert state.pending is not None
@@ -177,7 +186,7 @@ class BlockAttnRes(Stream):
 
     def write(self, state: BlockState, site: int, output: Tensor) -> BlockState:
         state = state._replace(pending=output)
-        last = site + 1 == self._ranges()[self.block_of_site[site]][1]
+        last = site + 1 == self._end(site)
         if self.schedule == "single_pass":
             if last:
                 return BlockState(self._sources(state), None, None)
@@ -189,7 +198,8 @@ class BlockAttnRes(Stream):
         if len(ahead.queries) == 0:  # a stage of a pipeline: later reads are the next one's
             return BlockState(self._sources(state), None, None, ahead=ahead)
         source, scores = score(state.partial, output, ahead.queries, eps=self.eps)
-        return BlockState((*state.bank, source), None, None, ahead=Ahead(ahead.queries, (*ahead.scores, scores)))
+        cut = self._cut(scores, self.block_of_site[site] + 1)
+        return BlockState((*state.bank, source), None, None, ahead=Ahead(ahead.queries, (*ahead.scores, cut)))
 
     def _keep(self, state: BlockState) -> AbstractContextManager[object]:
         """What autograd keeps of the next read of phase 1: itself, or with ``recompute`` how to compute it again."""

@@ -31,11 +31,13 @@ class FusedBlocks(BlockAttnRes):
     def _phase_1(self, state: BlockState, num_reads: int, norm_weight: Tensor | None, norm_eps: float) -> BlockState:
         ahead, output = state.ahead, state.pending
         assert ahead is not None and output is not None
+        # Not cut: there is no backward pass to put them together again.
+        scores = [each for (each,) in ahead.scores]
         source, own, outs, lses = turn(
-            state.partial, output, state.bank, ahead.scores, ahead.queries, num_reads, eps=self.eps, norm_weight=norm_weight,
+            state.partial, output, state.bank, scores, ahead.queries, num_reads, eps=self.eps, norm_weight=norm_weight,
             norm_eps=norm_eps,
         )  # fmt: skip
-        later = Ahead(ahead.queries[num_reads:], tuple(each[num_reads:] for each in (*ahead.scores, own)))
+        later = Ahead(ahead.queries[num_reads:], tuple((each[num_reads:],) for each in (*scores, own)))
         queries = ahead.queries[:num_reads].unbind(0)
         return BlockState((*state.bank, source), None, None, tuple(outs), tuple(lses), queries, ahead=later)
 
