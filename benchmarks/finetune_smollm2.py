@@ -28,8 +28,9 @@ import torch
 from summarize import row, seeds_rows
 from timing import command
 
+from fathom.errors import UserError
 from fathom.hf.finetune import finetune
-from fathom.train.config import DataConfig, OptimConfig
+from fathom.train.config import DataConfig, OptimConfig, to_dict
 from fathom.train.environment import machine, pick_device
 from fathom.train.finetune import FinetuneConfig
 
@@ -39,9 +40,13 @@ ARMS = ("prenorm", "block")
 def trained(model: Path, out: Path, config: FinetuneConfig, end: float) -> dict[str, Any] | None:
     """The summary of a run, which is in OUT already or is made; None if it would begin after ``end``, in seconds since 1970.
 
-    Weights and tokenizer are deleted.
+    Weights and tokenizer are deleted. ``UserError`` if the run in OUT has other settings.
     """
-    if not (out / "summary.json").is_file():
+    if (out / "summary.json").is_file():
+        made_with = json.loads((out / "finetune.json").read_text())
+        if made_with != json.loads(json.dumps({"model": model.name, **to_dict(config)})):
+            raise UserError(f"{out} was made with other settings: give another --out, or delete it")
+    else:
         begin = time.monotonic()
         if time.time() > end:
             print(f"{out.name}: not begun, the minutes are over", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import Mock
@@ -16,7 +17,7 @@ from fathom.hf.checkpoints import convert_checkpoint, load_checkpoint
 from fathom.hf.export import tokenizer_for
 from fathom.hf.finetune import FinetuneConfig, finetune, make_optimizer
 from fathom.models.config import ResidualConfig
-from fathom.train.config import DataConfig, OptimConfig
+from fathom.train.config import DataConfig, OptimConfig, to_dict
 from fathom.train.embedded import embedded
 from fathom.train.tokenizer import load_tokenizer
 
@@ -139,6 +140,17 @@ def test_ctrl_c_ends_a_worker_of_the_benchmark(
     monkeypatch.setattr(script.os, "_exit", Mock(side_effect=SystemExit))
     with pytest.raises(SystemExit):
         script.trained(tmp_path, tmp_path / "run", FinetuneConfig(), float("inf"))
+
+
+def test_a_run_of_the_benchmark_with_other_settings_is_not_taken_for_this_one(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    config = FinetuneConfig(steps=5)
+    (tmp_path / "summary.json").write_text('{"val_loss_before": 2, "val_loss": 1}')
+    (tmp_path / "finetune.json").write_text(json.dumps({"model": "smollm2", **to_dict(config)}))
+    assert script.trained(Path("smollm2"), tmp_path, config, 0)["val_loss"] == 1
+    with pytest.raises(UserError, match="other settings"):
+        script.trained(Path("smollm2"), tmp_path, replace(config, steps=6), 0)
 
 
 def test_committed_numbers_follow_from_the_committed_runs(script: ModuleType) -> None:
