@@ -10,8 +10,11 @@ dp_sn = g_s · v_n,
     dv_n = Σ_s e_sn g_s (+ what was given)          ds_sn = e_sn (dp_sn − (Σ_m e_sm dp_sm − dlse_s) / z_s)
 
 Every row is read once: a program holds its columns of one token's dout of all reads, and goes through the sources. The dot
-products dp stay sums over the 256 columns of a warp, so that no thread waits for another; ``_score_gradients``, which needs
-all of them, adds them up. With ``NORMALIZE`` the values are v_n r_n (Inkling-2).
+products dp stay sums over the columns of a warp, so that no thread waits for another; ``_score_gradients``, which needs all
+of them, adds them up. With ``NORMALIZE`` the values are v_n r_n (Inkling-2).
+
+To choose one of N tensors takes N − 1 selections. More than GROUP sources are therefore taken by groups, whose tensors are
+chosen with N / GROUP − 1 each, and whose rows are all on the way at once.
 
 The reads of a block pass the sources on to the reads after them, and with the sources their gradient: ``mix`` returns them,
 and its backward pass adds to the gradient that comes back, instead of leaving an addition for each block to autograd.
@@ -26,12 +29,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fathom.kernels.tiles import (
+    GROUP,
     accumulator,
+    group_of,
     is_aligned,
+    joined_group,
+    nothing,
     on_their_device,
     padded,
     pick,
+    pick_of_group,
     pick_stride,
+    pick_stride_of_group,
     pointers,
     power_of_two,
     present,
@@ -42,11 +51,11 @@ from fathom.kernels.tiles import (
 Mixed = tuple[list[Tensor], Tensor, Tensor]
 """S reads [tokens, D], their lse [S, tokens], and m and z of each [S, tokens, 2]."""
 WARP_COLUMNS = 256
-"""Columns of a warp: 8, which are 16 bytes, of each thread."""
-MIX_TOKENS, MIX_WARPS, MIX_ELEMENTS = 2, 4, 16384
-"""Tokens of one program of ``_mix``, one after the other, its warps, and the most elements of the sources that it holds."""
+"""Columns of a warp: 8, which are 16 bytes in half precision, of each thread."""
+MIX_TOKENS, MIX_WARPS = 2, 4
+"""Tokens of one program of ``_mix``, one after the other, and its warps."""
 BACKWARD_ELEMENTS, BACKWARD_COLUMNS, BACKWARD_STAGES = 16384, 1024, 4
-"""Most elements of dout that one program of ``_backward`` holds, most columns, and how many sources' rows it has on the way."""
+"""Most elements of dout that a program of ``_backward`` holds, most columns, and how many of few sources' rows are on the way."""
 SCORE_TOKENS = 32
 """Tokens of one program of ``_score_gradients``."""
 
@@ -57,7 +66,7 @@ def _mix(
     N: tl.constexpr, S: tl.constexpr, N_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BYTES: tl.constexpr, ACC_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """The reads of ``BLOCK_T`` tokens, one after the other, their lse, and m and z [S, tokens, 2]."""
+    """The reads of ``BLOCK_T`` tokens, one after the other, over at most GROUP sources, their lse, and m and z [S, tokens, 2]."""
     element: tl.constexpr = sources[0].dtype.element_ty
     n, d = tl.arange(0, N_PAD), tl.arange(0, BLOCK_D)
     begin = tl.program_id(0).to(tl.int64) * BLOCK_T
@@ -87,6 +96,58 @@ def _mix(
 
 
 @triton.jit(do_not_specialize=["num_sources"])
+def _mix_many(
+    sources, strides, scores, rstds, outs, lse, softmax, num_sources, num_tokens, dim,
+    N: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """As ``_mix``, some columns of one token, its sources group by group: m, z and the mix of each read so far are kept."""
+    element: tl.constexpr = sources[0].dtype.element_ty
+    t = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < dim
+    tops, totals, mixes = nothing(), nothing(), nothing()
+    for _ in tl.static_range(S):
+        tops += (tl.full([], float("-inf"), ACC),)
+        totals += (tl.full([], 0, ACC),)
+        mixes += (tl.zeros([BLOCK_D], ACC),)
+    for group in range(0, num_sources, GROUP):
+        rows, factors = nothing(), nothing()
+        for j in tl.static_range(GROUP):
+            live = group + j < num_sources
+            row = pick_of_group(sources, group, j, N, ALIGNED) + t * pick_stride_of_group(strides, group, j)
+            rows += (tl.load(row + column, inside & live, other=0),)
+            if NORMALIZE:
+                factors += (tl.load(pick_of_group(rstds, group, j, N, False) + t, live, other=0),)
+        new_tops, new_totals, new_mixes = nothing(), nothing(), nothing()
+        for s in tl.static_range(S):
+            known = nothing()
+            top = tops[s]
+            for j in tl.static_range(GROUP):
+                score = pick_of_group(scores, group, j, N, False) + s * num_tokens + t
+                known += (tl.load(score, group + j < num_sources, other=float("-inf")),)
+                top = tl.maximum(top, known[j])
+            shrink = tl.exp(tops[s] - top)
+            total, mix = totals[s] * shrink, mixes[s] * shrink
+            for j in tl.static_range(GROUP):
+                weight = tl.exp(known[j] - top)
+                total += weight
+                if NORMALIZE:
+                    weight *= factors[j]
+                mix += weight * rows[j].to(ACC)
+            new_tops += (top,)
+            new_totals += (total,)
+            new_mixes += (mix,)
+        tops, totals, mixes = new_tops, new_totals, new_mixes
+    for s in tl.static_range(S):
+        if tl.program_id(1) == 0:
+            tl.store(lse + s * num_tokens + t, tops[s] + tl.log(totals[s]))
+            tl.store(softmax + 2 * (s * num_tokens + t), tops[s])
+            tl.store(softmax + 2 * (s * num_tokens + t) + 1, totals[s])
+        mix = mixes[s] / totals[s]
+        tl.store(pick(outs, s, S, ALIGNED) + t * dim + column, mix.to(element), inside)
+
+
+@triton.jit(do_not_specialize=["num_sources"])
 def _backward(
     sources, strides, scores, rstds, softmax, douts, dstrides, passed, dsources, products, num_sources, num_tokens, dim,
     N: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, PASSED: tl.constexpr,
@@ -107,24 +168,53 @@ def _backward(
     count: tl.constexpr = BLOCK_D // PIECE
     piece = tl.program_id(1) * count + tl.arange(0, count)
     num_pieces = tl.num_programs(1) * count
-    for n in tl.range(num_sources, num_stages=STAGES):
-        if PRODUCTS:
-            v = tl.load(
-                pick(sources, n, N, ALIGNED) + t * pick_stride(strides, n, N) + column, inside, other=0
-            ).to(ACC)  # fmt: skip
-        weight = tl.full([S_PAD], 1, ACC)
-        if N > 1:
-            weight = tl.exp(tl.load(pick(scores, n, N, False) + at, wanted, other=float("-inf")) - top)
-        if NORMALIZE:
-            weight *= tl.load(pick(rstds, n, N, False) + t)
-        dv = tl.sum(weight[:, None] * g, 0)
-        if PASSED:
-            dv += tl.load(pick(passed, n, N, ALIGNED) + t * dim + column, inside, other=0).to(ACC)
-        tl.store(pick(dsources, n, N, ALIGNED) + t * dim + column, dv.to(element), inside)
-        if PRODUCTS:
-            dp = tl.sum(tl.reshape(g * v[None, :], [S_PAD, count, PIECE]), 2)
-            out = products + ((t * num_sources + n) * S + s[:, None]) * num_pieces + piece[None, :]
-            tl.store(out, dp, wanted[:, None])
+    if N <= GROUP:
+        for n in tl.range(num_sources, num_stages=STAGES):
+            if PRODUCTS:
+                row = pick(sources, n, N, ALIGNED) + t * pick_stride(strides, n)
+                v = tl.load(row + column, inside, other=0).to(ACC)
+            weight = tl.full([S_PAD], 1, ACC)
+            if N > 1:
+                weight = tl.exp(tl.load(pick(scores, n, N, False) + at, wanted, other=float("-inf")) - top)
+            if NORMALIZE:
+                weight *= tl.load(pick(rstds, n, N, False) + t)
+            dv = tl.sum(weight[:, None] * g, 0)
+            if PASSED:
+                dv += tl.load(pick(passed, n, N, ALIGNED) + t * dim + column, inside, other=0).to(ACC)
+            tl.store(pick(dsources, n, N, ALIGNED) + t * dim + column, dv.to(element), inside)
+            if PRODUCTS:
+                dp = tl.sum(tl.reshape(g * v[None, :], [S_PAD, count, PIECE]), 2)
+                out = products + ((t * num_sources + n) * S + s[:, None]) * num_pieces + piece[None, :]
+                tl.store(out, dp, wanted[:, None])
+    else:
+        for group in range(0, num_sources, GROUP):
+            # No load can pass a store, so those of a group all come before its first.
+            rows, known, given, parts = nothing(), nothing(), nothing(), nothing()
+            for j in tl.static_range(GROUP):
+                live = group + j < num_sources
+                row = pick_of_group(sources, group, j, N, ALIGNED) + t * pick_stride_of_group(strides, group, j)
+                rows += (tl.load(row + column, inside & live, other=0),)
+                score = pick_of_group(scores, group, j, N, False) + at
+                known += (tl.load(score, wanted & live, other=float("-inf")),)
+                if PASSED:
+                    row = pick_of_group(passed, group, j, N, ALIGNED) + t * dim
+                    given += (tl.load(row + column, inside & live, other=0),)
+            for j in tl.static_range(GROUP):
+                live = group + j < num_sources
+                weight = tl.exp(known[j] - top)
+                if NORMALIZE:
+                    weight *= tl.load(pick_of_group(rstds, group, j, N, False) + t, live, other=0)
+                dv = tl.sum(weight[:, None] * g, 0)
+                if PASSED:
+                    dv += given[j].to(ACC)
+                row = pick_of_group(dsources, group, j, N, ALIGNED) + t * dim
+                tl.store(row + column, dv.to(element), inside & live)
+                # A thread's own columns first, so that little is kept until the group's are summed together.
+                parts += (tl.sum(tl.reshape(g * rows[j].to(ACC)[None, :], [S_PAD, count, PIECE // 8, 8]), 3),)
+            n = group + tl.arange(0, GROUP)
+            dp = tl.sum(joined_group(parts), 2)
+            out = products + ((t * num_sources + n[None, None, :]) * S + s[:, None, None]) * num_pieces
+            tl.store(out + piece[None, :, None], dp, wanted[:, None, None] & (n < num_sources)[None, None, :])
 
 
 @triton.jit(do_not_specialize=["num_sources"])
@@ -141,39 +231,61 @@ def _score_gradients(
     if N > 1:
         top, total = tl.load(softmax + 2 * at, mask, other=0), tl.load(softmax + 2 * at + 1, mask, other=1)
     mean = tl.zeros([BLOCK_T, S_PAD], ACC)
+    size: tl.constexpr = N if N < GROUP else GROUP
     for turn in tl.static_range(2):  # first the mean of dp over the sources, then the gradients
-        for n in range(num_sources):
-            e = tl.full([BLOCK_T, S_PAD], 1, ACC)
-            if N > 1:
-                e = tl.exp(tl.load(pick(scores, n, N, False)[:, None] + at, mask, other=float("-inf")) - top)
-            dp = tl.zeros([BLOCK_T, S_PAD], ACC)
-            if PRODUCTS:
-                row = ((t[:, None] * num_sources + n) * S + s[None, :])[:, :, None] * num_pieces + piece[None, None, :]
-                dp += tl.sum(
-                    tl.load(products + row, mask[:, :, None] & (piece < num_pieces)[None, None, :], other=0), 2
-                )
+        for group in range(0, num_sources if N > GROUP else 1, GROUP):
+            scored, found = group_of(scores, group, N), group_of(dscores, group, N)
             if NORMALIZE:
-                if turn == 1:
-                    tl.store(pick(drstds, n, N, False) + t, tl.sum(e * dp, 1), t < num_tokens)
-                dp *= tl.load(pick(rstds, n, N, False) + t, t < num_tokens, other=0)[:, None]
-            if turn == 0:
-                mean += e * dp
-            else:
-                tl.store(pick(dscores, n, N, False)[:, None] + at, e * (dp - mean), mask)
+                factors, dfactors = group_of(rstds, group, N), group_of(drstds, group, N)
+            for n in range(group, tl.minimum(num_sources, group + GROUP) if N > GROUP else num_sources):
+                e = tl.full([BLOCK_T, S_PAD], 1, ACC)
+                if N > 1:
+                    score = pick(scored, n - group, size, False)[:, None] + at
+                    e = tl.exp(tl.load(score, mask, other=float("-inf")) - top)
+                dp = tl.zeros([BLOCK_T, S_PAD], ACC)
+                if PRODUCTS:
+                    row = ((t[:, None] * num_sources + n) * S + s[None, :])[:, :, None] * num_pieces
+                    inside = mask[:, :, None] & (piece < num_pieces)[None, None, :]
+                    dp += tl.sum(tl.load(products + row + piece[None, None, :], inside, other=0), 2)
+                if NORMALIZE:
+                    if turn == 1:
+                        tl.store(pick(dfactors, n - group, size, False) + t, tl.sum(e * dp, 1), t < num_tokens)
+                    dp *= tl.load(pick(factors, n - group, size, False) + t, t < num_tokens, other=0)[:, None]
+                if turn == 0:
+                    mean += e * dp
+                else:
+                    tl.store(pick(found, n - group, size, False)[:, None] + at, e * (dp - mean), mask)
         if turn == 0:
             mean -= tl.load(dlse + at, mask, other=0)
             if N > 1:
                 mean /= total
 
 
+def _columns(dim: int, num_reads: int, num_sources: int) -> tuple[int, int]:
+    """Columns of one program of ``_backward`` and of ``_mix_many``, and its warps."""
+    columns = power_of_two(dim, 16)
+    if num_reads == 1 and num_sources > GROUP:  # little work each: more of them to choose a source's tensors for
+        return min(2 * WARP_COLUMNS, columns), 1
+    block_d = min(BACKWARD_COLUMNS, BACKWARD_ELEMENTS // power_of_two(num_reads), columns)
+    return block_d, max(1, block_d // WARP_COLUMNS)
+
+
 @on_their_device
 def mixed(sources: list[Tensor], scores: list[Tensor], rstds: list[Tensor] | None) -> Mixed:
-    """Launch ``_mix``."""
+    """Launch ``_mix``, or ``_mix_many``."""
     first, (num_reads, num_tokens), num_sources = sources[0], scores[0].shape, len(sources)
     dim, count = first.shape[1], padded(num_sources)
     outs = [first.new_empty(num_tokens, dim) for _ in range(num_reads)]
     lse, softmax = torch.empty_like(scores[0]), scores[0].new_empty(num_reads, num_tokens, 2)
-    block_d = min(WARP_COLUMNS * MIX_WARPS, MIX_ELEMENTS // power_of_two(count), power_of_two(dim, 16))
+    if num_sources > GROUP:
+        block_d, num_warps = _columns(dim, num_reads, num_sources)
+        _mix_many[(num_tokens, triton.cdiv(dim, block_d))](
+            pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), tuple(outs), lse, softmax, num_sources,
+            num_tokens, dim, N=count, S=num_reads, BLOCK_D=block_d, NORMALIZE=rstds is not None,
+            ALIGNED=is_aligned(*sources, *outs), ACC=accumulator(first), num_warps=num_warps,
+        )  # fmt: skip
+        return outs, lse, softmax
+    block_d = min(WARP_COLUMNS * MIX_WARPS, power_of_two(dim, 16))
     _mix[(triton.cdiv(num_tokens, MIX_TOKENS),)](
         pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), tuple(outs), lse, softmax, num_sources,
         num_tokens, dim, N=count, S=num_reads, N_PAD=power_of_two(count), BLOCK_T=MIX_TOKENS, BLOCK_D=block_d,
@@ -192,10 +304,10 @@ def mixed_backward(
     ``softmax`` is m and z, which a single source needs not."""
     first, (num_reads, num_tokens), num_sources = sources[0], scores[0].shape, len(sources)
     dim, reads = first.shape[1], power_of_two(num_reads)
-    block_d = min(BACKWARD_COLUMNS, BACKWARD_ELEMENTS // reads, power_of_two(dim, 16))
-    piece = min(WARP_COLUMNS, block_d)
+    block_d, num_warps = _columns(dim, num_reads, num_sources)
+    piece = block_d // num_warps
     chunks = triton.cdiv(dim, block_d)
-    num_pieces = chunks * (block_d // piece)
+    num_pieces = chunks * num_warps
     dsources = [first.new_empty(num_tokens, dim) for _ in sources]
     dscores = [torch.empty_like(scores[0]) for _ in sources]
     drstds = [torch.empty_like(rstd) for rstd in rstds] if rstds is not None else []
@@ -210,11 +322,12 @@ def mixed_backward(
         pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), softmax, tuple(douts), strides_of(douts),
         pointers(passed), pointers(dsources), products, num_sources, num_tokens, dim, BLOCK_D=block_d, PIECE=piece,
         PASSED=passed is not None, ALIGNED=is_aligned(*sources, *douts, *dsources, *(passed or ())),
-        BYTES=first.element_size(), STAGES=BACKWARD_STAGES, num_warps=max(1, block_d // WARP_COLUMNS), **fixed,
+        BYTES=first.element_size(), STAGES=BACKWARD_STAGES, num_warps=num_warps, **fixed,
     )  # fmt: skip
     _score_gradients[(triton.cdiv(num_tokens, SCORE_TOKENS),)](
         pointers(scores), pointers(rstds), softmax, dlse, products, pointers(dscores), pointers(drstds or None), num_sources,
-        num_tokens, num_pieces, PIECES=power_of_two(num_pieces), BLOCK_T=SCORE_TOKENS, num_warps=4, **fixed,
+        num_tokens, num_pieces, PIECES=power_of_two(num_pieces), BLOCK_T=SCORE_TOKENS,
+        num_warps=min(4, reads * power_of_two(num_pieces)), **fixed,
     )  # fmt: skip
     return dsources, dscores, drstds
 

@@ -47,8 +47,9 @@ MOST_QUERIES, MOST_QUERIES_WIDE = 64, 16
 """Queries of one program, of bfloat16 terms and of wider ones; more are taken by more programs."""
 COEFFICIENT_TOKENS = 128
 """Tokens of one program of ``_coefficients``."""
-GRADIENT_TOKENS, GRADIENT_COLUMNS, GRADIENT_WARPS, GRADIENT_PROGRAMS = 64, 64, 4, 256
-"""Tokens and columns of one step of ``_gradients``, its warps, and for how many programs all tokens are cut into shares."""
+GRADIENT_TOKENS, GRADIENT_COLUMNS, GRADIENT_WARPS, GRADIENT_PROGRAMS, GRADIENT_TURNS = 64, 64, 4, 256, 4
+"""Tokens and columns of one step of ``_gradients``, its warps, for how many programs all tokens are cut into shares, and of
+several sources at most how many times as many."""
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def _scores(
     is_first = tl.program_id(2) == 0
     k, d = tl.program_id(2) * K_PAD + tl.arange(0, K_PAD), tl.arange(0, BLOCK_D)
     here, asked = t < num_tokens, k < num_queries
-    source = pick(sources, n, N, ALIGNED)[:, None] + t[:, None] * pick_stride(strides, n, N)
+    source = pick(sources, n, N, ALIGNED)[:, None] + t[:, None] * pick_stride(strides, n)
     dots = tl.zeros([K_PAD, BLOCK_T], ACC)
     square = tl.zeros([BLOCK_T], ACC)
     for start in range(0, dim, BLOCK_D):
@@ -136,16 +137,16 @@ def _coefficients(
     tl.store(own + n.to(tl.int64) * num_tokens + t, shrink * r * r / dim, here)
 
 
-@triton.jit(do_not_specialize=["num_sources", "num_queries", "first"])
+@triton.jit(do_not_specialize=["num_queries", "first"])
 def _gradients(
-    sources, strides, given, queries, terms, own, dsources, dqueries, first, num_sources, num_tokens, num_queries, dim,
+    sources, strides, given, queries, terms, own, dsources, dqueries, first, num_tokens, num_queries, dim,
     tokens_each, scale, GIVEN: tl.constexpr, OWN: tl.constexpr, N: tl.constexpr, K_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr, TERMS: tl.constexpr, COUNT: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of columns of ``tokens_each`` tokens: the gradient of each source, and a share of that of the queries."""
+    """One chunk of columns of ``tokens_each`` tokens of one source: its gradient, and a share of that of the queries."""
     element: tl.constexpr = dsources[0].dtype.element_ty
-    share = tl.program_id(1)
+    share, n = tl.program_id(1), tl.program_id(2) if N > 1 else 0
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = first + tl.arange(0, K_PAD)
     asked, inside = k < num_queries, d < dim
@@ -154,36 +155,35 @@ def _gradients(
     q = tl.load(queries + k[:, None] * dim + d[None, :], kept, other=0)
     if TERMS > 1:
         q_rest = tl.load(queries + (num_queries + k)[:, None] * dim + d[None, :], kept, other=0)
+    source, stride = pick(sources, n, N, ALIGNED)[:, None] + d[None, :], pick_stride(strides, n)
+    target = pick(dsources, n, N, ALIGNED)[:, None] + d[None, :]
+    if GIVEN:
+        before = pick(given, n, N, ALIGNED)[:, None] + d[None, :]
     begin = share.to(tl.int64) * tokens_each
     for start in range(0, tokens_each, BLOCK_T):
         t = begin + start + tl.arange(0, BLOCK_T)
         here = t < num_tokens
         mask, live = here[:, None] & inside[None, :], asked[:, None] & here[None, :]
-        at = t[:, None] * dim + d[None, :]
-        # With a single source the loop over tokens is the innermost, whose loads run ahead.
-        for n in range(num_sources if N > 1 else 1):
-            source = pick(sources, n, N, ALIGNED)[:, None] + t[:, None] * pick_stride(strides, n, N)
-            v = tl.load(source + d[None, :], mask, other=0)
-            dv = tl.zeros([BLOCK_T, BLOCK_D], ACC)
-            step = tl.zeros([K_PAD, BLOCK_D], ACC)
-            for i in tl.static_range(COUNT):
-                row = ((n * COUNT + COUNT - 1 - i) * num_queries + k)[:, None].to(
-                    tl.int64
-                ) * num_tokens  # the smallest first
-                c = tl.load(terms + row + t[None, :], live, other=0)
-                step = _dot(c, v, step, SPLIT, PRECISION)
-                if i >= COUNT - 2:
-                    dv = _dot(tl.trans(c), q, dv, SPLIT, PRECISION)
-                if i == COUNT - 1 and TERMS > 1:
-                    dv = _dot(tl.trans(c), q_rest, dv, SPLIT, PRECISION)
-            total += step * scale  # apart, as in ``_scores``
-            dv *= scale
-            if OWN:
-                dv -= tl.load(own + n * num_tokens + t, here, other=0)[:, None] * v.to(ACC)
-            if GIVEN:
-                dv += tl.load(pick(given, n, N, ALIGNED)[:, None] + at, mask, other=0).to(ACC)
-            tl.store(pick(dsources, n, N, ALIGNED)[:, None] + at, dv.to(element), mask)
-    out = dqueries + (share * num_queries + k)[:, None].to(tl.int64) * dim + d[None, :]
+        v = tl.load(source + t[:, None] * stride, mask, other=0)
+        dv = tl.zeros([BLOCK_T, BLOCK_D], ACC)
+        step = tl.zeros([K_PAD, BLOCK_D], ACC)
+        for i in tl.static_range(COUNT):  # the smallest first
+            row = ((n * COUNT + COUNT - 1 - i) * num_queries + k)[:, None].to(tl.int64) * num_tokens
+            c = tl.load(terms + row + t[None, :], live, other=0)
+            step = _dot(c, v, step, SPLIT, PRECISION)
+            if i >= COUNT - 2:
+                dv = _dot(tl.trans(c), q, dv, SPLIT, PRECISION)
+            if i == COUNT - 1 and TERMS > 1:
+                dv = _dot(tl.trans(c), q_rest, dv, SPLIT, PRECISION)
+        total += step * scale  # apart, as in ``_scores``
+        dv *= scale
+        if OWN:
+            dv -= tl.load(own + n * num_tokens + t, here, other=0)[:, None] * v.to(ACC)
+        if GIVEN:
+            dv += tl.load(before + t[:, None] * dim, mask, other=0).to(ACC)
+        tl.store(target + t[:, None] * dim, dv.to(element), mask)
+    part = n * tl.num_programs(1) + share
+    out = dqueries + (part * num_queries + k)[:, None].to(tl.int64) * dim + d[None, :]
     tl.store(out, total, kept)
 
 
@@ -252,18 +252,19 @@ def gradients_of(
         ACC=products["ACC"],
     )  # fmt: skip
     block_d = min(GRADIENT_COLUMNS, power_of_two(dim, 16))
-    num_shares = max(1, min(cdiv(num_tokens, GRADIENT_TOKENS), GRADIENT_PROGRAMS // cdiv(dim, block_d)))
+    programs = GRADIENT_PROGRAMS * min(num_sources, GRADIENT_TURNS) // (num_sources * cdiv(dim, block_d))
+    num_shares = max(1, min(cdiv(num_tokens, GRADIENT_TOKENS), programs))
     tokens_each = cdiv(cdiv(num_tokens, num_shares), GRADIENT_TOKENS) * GRADIENT_TOKENS
-    dqueries = statistic(first, num_shares, num_queries, dim)
+    dqueries = statistic(first, num_sources * num_shares, num_queries, dim)
     block_k, query_terms = _query_tile(num_queries, products), _query_terms(queries, products)
     # Several chunks of queries add to a source's gradient one after the other; only the whole is rounded.
     is_one = num_queries <= block_k
     found = dsources if is_one else [statistic(first, *each.shape) for each in dsources]
     for start in range(0, num_queries, block_k):
         so_far = given if start == 0 else found
-        _gradients[(cdiv(dim, block_d), num_shares)](
+        _gradients[(cdiv(dim, block_d), num_shares, num_sources)](
             pointers(sources), strides_of(sources), pointers(so_far), query_terms, terms, own, pointers(found), dqueries, start,
-            num_sources, num_tokens, num_queries, dim, tokens_each, scale, GIVEN=so_far is not None, OWN=start == 0,
+            num_tokens, num_queries, dim, tokens_each, scale, GIVEN=so_far is not None, OWN=start == 0,
             N=padded(num_sources), K_PAD=block_k, BLOCK_T=GRADIENT_TOKENS, BLOCK_D=block_d, COUNT=count,
             ALIGNED=is_aligned(*sources, *found, *(given or ())), num_warps=GRADIENT_WARPS, **products,
         )  # fmt: skip

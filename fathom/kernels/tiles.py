@@ -50,6 +50,7 @@ def row_pointers(
     stride = tl.full(which.shape, 0, tl.int64) + strides[0]
     for i in tl.static_range(1, COUNT):
         base = tl.where(which == i, tensors[i].to(tl.int64), base)
+    for i in tl.static_range(1, len(strides)):
         stride = tl.where(which == i, strides[i], stride)
     rows = (base + token * stride * BYTES).to(tl.pointer_type(ELEMENT))
     if ALIGNED:
@@ -70,12 +71,61 @@ def pick(tensors, which, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def pick_stride(strides, which, COUNT: tl.constexpr):
-    """``strides[which]`` for a run-time scalar ``which``, 64 bit."""
+def pick_stride(strides, which):
+    """``strides[which]``, or the only one, for a run-time scalar ``which``, 64 bit."""
     stride = tl.full([], 0, tl.int64) + strides[0]
-    for i in tl.static_range(1, COUNT):
+    for i in tl.static_range(1, len(strides)):
         stride = tl.where(which == i, strides[i], stride)
     return stride
+
+
+GROUP = tl.constexpr(8)
+"""Tensors that are chosen together where there are more."""
+
+
+@triton.jit
+def pick_of_group(tensors, group, which: tl.constexpr, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer ``tensors[group + which]`` for a run-time multiple ``group`` of GROUP; a tile [1] if its alignment is told."""
+    pointer = tl.full([1] if ALIGNED else [], 0, tl.int64) + tensors[which].to(tl.int64)
+    for i in tl.static_range(GROUP, COUNT, GROUP):
+        pointer = tl.where(group == i, tensors[i + which].to(tl.int64), pointer)
+    pointer = pointer.to(tensors[0].dtype)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def pick_stride_of_group(strides, group, which: tl.constexpr):
+    """``strides[group + which]``, or the only one, likewise, 64 bit."""
+    stride = tl.full([], 0, tl.int64) + strides[0 if len(strides) == 1 else which]
+    for i in tl.static_range(GROUP, len(strides), GROUP):
+        stride = tl.where(group == i, strides[i + which], stride)
+    return stride
+
+
+@triton.jit
+def nothing():
+    """A tuple to add to, of any length as far as types go."""
+    return ()
+
+
+@triton.jit
+def group_of(tensors, group, COUNT: tl.constexpr):
+    """The pointers ``tensors[group : group + GROUP]``, to ``pick`` among them."""
+    chosen = nothing()
+    for j in tl.static_range(COUNT if COUNT < GROUP else GROUP):
+        chosen += (pick_of_group(tensors, group, j, COUNT, False),)
+    return chosen
+
+
+@triton.jit
+def joined_group(tiles):
+    """GROUP tiles [...] as one [..., GROUP]; a join puts what it joins last."""
+    evens = tl.join(tl.join(tiles[0], tiles[4]), tl.join(tiles[2], tiles[6]))
+    odds = tl.join(tl.join(tiles[1], tiles[5]), tl.join(tiles[3], tiles[7]))
+    joined = tl.join(evens, odds)
+    return tl.reshape(joined, joined.shape[:-3] + [GROUP])  # noqa: RUF005 (no * in Triton)
 
 
 @triton.jit
@@ -108,7 +158,7 @@ def size_of(rows: Tensor) -> tuple[int, int]:
     return rows.numel() // dim, dim
 
 
-PAD_FROM, PAD_TO = 8, 8
+PAD_FROM, PAD_TO = 8, 16
 
 
 def padded(count: int) -> int:
@@ -128,8 +178,9 @@ def stride_of(rows: Tensor) -> int:
 
 
 def strides_of(tensors: list[Tensor]) -> tuple[int, ...]:
-    """From row to row of each of ``as_rows``, filled up as ``pointers`` fills up."""
-    return tuple(stride_of(t) for t in pointers(tensors) or ())
+    """From row to row of each of ``as_rows``, filled up as ``pointers`` fills up; the only one if all are the same."""
+    strides = tuple(stride_of(t) for t in pointers(tensors) or ())
+    return strides[:1] if len(set(strides)) == 1 else strides
 
 
 def is_aligned(*tensors: Tensor) -> bool:

@@ -108,7 +108,7 @@ def test_mixes_equal_the_equation(shape: tuple[int, int, int, int], dtype: torch
     assert_as_good_as_plain(call_mix(shape[0]), *(make_mix(*shape, dtype, device) for _ in range(DRAWS[dtype])))
 
 
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n", [1, 3, 9])
 def test_a_shift_of_all_scores_changes_no_bit(n: int, device: str):
     """Both passes weigh by how far a score is from the largest; by lse, which is rounded at its own size, neither does."""
     inputs = make_mix(n, 4, 40, 5, torch.float32, device)
