@@ -145,13 +145,16 @@ def test_a_bank_is_read_where_it_lies(device: str, monkeypatch: pytest.MonkeyPat
     assert seen[1] == [s.data_ptr() for s in packed]
 
 
-def test_other_layouts_give_the_same(device: str):
+@pytest.mark.parametrize("times", [1, 4])
+def test_other_layouts_give_the_same(times: int, device: str):
+    """A transposed source, rows that are apart in memory, columns that are."""
     sources = [torch.randn(6, 5, 32).to(device) for _ in range(3)]
     queries = torch.randn(2, 32).to(device)
-    odd = [s.transpose(0, 1).contiguous().transpose(0, 1) for s in sources[:2]]
+    odd = [sources[0].transpose(0, 1).contiguous().transpose(0, 1)]
+    odd.append(torch.stack([sources[1], sources[0]], 2)[:, :, 0])
     odd.append(torch.stack([sources[2], sources[2]], -1)[..., 0])
     with use_backend("triton"):
-        plain, others = kernels.inter_block(sources, queries), kernels.inter_block(odd, queries)
+        plain, others = (kernels.inter_block(given * times, queries) for given in (sources, odd))
     assert all(torch.equal(a, b) for a, b in zip((*plain[0], *plain[1]), (*others[0], *others[1]), strict=True))
 
 
