@@ -70,7 +70,7 @@ def backend_for(device: torch.device | str, dtype: torch.dtype = torch.bfloat16)
 
 
 def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, *, dtype: bool = True) -> None:
-    if tensor is None:
+    if tensor is None or (tensor.shape == shape and tensor.dtype == like.dtype and tensor.device == like.device):
         return
     if tensor.shape != shape:
         raise UserError(f"{name} has shape {tuple(tensor.shape)}: it must have {tuple(shape)}")
@@ -95,6 +95,10 @@ def _check_sources(sources: Sequence[Tensor]) -> tuple[int, ...]:
 def _shaped(tensors: Sequence[Tensor], shape: Sequence[int]) -> list[Tensor]:
     """From or to [tokens, D], which sources that are not contiguous are taken as."""
     return [each if each.shape == shape else each.view(shape) for each in tensors]
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def score(
@@ -165,10 +169,9 @@ def mix(
         from fathom.kernels import mixes as kernel
         from fathom.kernels.tiles import as_rows
 
-        flat = [each.reshape(each.shape[0], -1).to(compute_dtype(first)).contiguous() for each in scores]
-        rows, lse, passed = kernel.mix([as_rows(source.reshape(-1, shape[-1])) for source in sources], flat)
-        outs, lses = [row.view(shape) for row in rows], [row.view(shape[:-1]) for row in lse.unbind(0)]
-        sources = [row.view(shape) for row in passed]
+        known = [each.to(compute_dtype(first)).contiguous() for each in scores]
+        rows, lse, passed = kernel.mix([as_rows(each) for each in sources], known)
+        outs, lses, sources = _shaped(rows, shape), _shaped(lse.unbind(0), shape[:-1]), _shaped(passed, shape)
     else:
         out, lse = two_phase.mix(sources, scores)
         outs, lses = list(out.unbind(0)), list(lse.unbind(0))
@@ -218,8 +221,8 @@ def turn(
         if size_of(output)[0] <= FEW_TOKENS:
             known = [each.to(compute_dtype(output)).contiguous() for each in scores]
             source, own, reads, lse = kernel.turn(
-                None if partial is None else partial.contiguous(), output.contiguous(), [as_rows(each) for each in bank], known,
-                queries.contiguous(), num_reads, None if norm_weight is None else norm_weight.contiguous(), eps, norm_eps,
+                _whole(partial), output.contiguous(), [as_rows(each) for each in bank], known, queries.contiguous(), num_reads,
+                _whole(norm_weight), eps, norm_eps,
             )  # fmt: skip
             return source, own, reads, lse.unbind(0)
     source, own = score(partial, output, queries, eps=eps)
@@ -258,9 +261,9 @@ def inter_block(
         from fathom.kernels import inter as kernel
         from fathom.kernels.tiles import as_rows
 
-        flat = [as_rows(source.reshape(-1, shape[-1])) for source in sources]
-        rows, lse, *_ = kernel.inter_block(flat, fold_gain(queries, gain).contiguous(), eps, scale, normalize_values)
-        outs, lses = [row.view(shape) for row in rows], [row.view(shape[:-1]) for row in lse.unbind(0)]
+        flat, folded = [as_rows(source) for source in sources], fold_gain(queries, gain).contiguous()
+        rows, lse, *_ = kernel.inter_block(flat, folded, eps, scale, normalize_values)
+        outs, lses = _shaped(rows, shape), _shaped(lse.unbind(0), shape[:-1])
     else:
         out, lse = two_phase.inter_block(
             sources, queries, gain, eps=eps, scale=scale, normalize_values=normalize_values
@@ -344,13 +347,10 @@ def update_read(
     if backend_for(output.device, output.dtype) == "triton":
         from fathom.kernels import update as kernel
 
-        def whole(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.contiguous()
-
-        folded = whole(fold_gain(query, gain)) if query is not None and inter_out is not None else None
+        folded = _whole(fold_gain(query, gain)) if query is not None and inter_out is not None else None
         parts = kernel.update_read(
-            whole(partial), output.contiguous(), whole(inter_out), whole(inter_lse), folded, whole(norm_weight), eps, norm_eps,
-            return_mix or norm_weight is None,
+            _whole(partial), output.contiguous(), _whole(inter_out), _whole(inter_lse), folded, _whole(norm_weight), eps,
+            norm_eps, return_mix or norm_weight is None,
         )  # fmt: skip
     else:
         total, x, mix = two_phase.update_read(

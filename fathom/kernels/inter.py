@@ -19,10 +19,10 @@ Tensors = list[Tensor]
 def inter_block(
     sources: list[Tensor], queries: Tensor, eps: float, scale: float, normalize_values: bool
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """S reads of N sources [tokens, D] by folded queries [S, D].
+    """S reads of N sources [..., D] by folded queries [S, D].
 
-    Returns the S reads [tokens, D] and their lse [S, tokens], then what no gradient flows through: of each read the largest score
-    and the sum that it divides by [S, tokens, 2], of each source the scores [S, tokens] and the reciprocal norms [tokens].
+    Returns the S reads [..., D] and their lse [S, ...], then what no gradient flows through: of each read the largest score and
+    the sum that it divides by [S, ..., 2], of each source the scores [S, ...] and the reciprocal norms [...].
     """
     _, scores, rstds = scores_of(sources, queries, eps, scale)
     return *mixed(sources, scores, rstds if normalize_values else None), scores, rstds
@@ -30,14 +30,13 @@ def inter_block(
 
 @torch.library.register_fake(inter_block)
 def _(sources, queries, eps, scale, normalize_values):
-    first, num_reads = sources[0], queries.shape[0]
-    num_tokens = first.shape[0]
+    first, num_reads, batch = sources[0], len(queries), sources[0].shape[:-1]
     return (
         [first.new_empty(first.shape) for _ in range(num_reads)],
-        statistic(first, num_reads, num_tokens),
-        statistic(first, num_reads, num_tokens, 2),
-        [statistic(first, num_reads, num_tokens) for _ in sources],
-        [statistic(first, num_tokens) for _ in sources],
+        statistic(first, num_reads, *batch),
+        statistic(first, num_reads, *batch, 2),
+        [statistic(first, num_reads, *batch) for _ in sources],
+        [statistic(first, *batch) for _ in sources],
     )
 
 
@@ -46,7 +45,7 @@ def inter_block_backward(
     sources: list[Tensor], queries: Tensor, softmax: Tensor, scores: list[Tensor], rstds: list[Tensor], douts: list[Tensor],
     dlse: Tensor, scale: float, normalize_values: bool,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
-    """Gradients of the sources [tokens, D] and of the folded queries [S, D]."""
+    """Gradients of the sources [..., D] and of the folded queries [S, D]."""
     dsources, dscores, drstds = mixed_backward(
         sources, scores, rstds if normalize_values else None, softmax, douts, dlse, None
     )

@@ -28,9 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fathom.kernels.operators import operator
 from fathom.kernels.tiles import (
     GROUP,
     accumulator,
+    cdiv,
     group_of,
     is_aligned,
     joined_group,
@@ -45,11 +47,12 @@ from fathom.kernels.tiles import (
     power_of_two,
     present,
     row_pointers,
+    size_of,
     strides_of,
 )
 
 Mixed = tuple[list[Tensor], Tensor, Tensor]
-"""S reads [tokens, D], their lse [S, tokens], and m and z of each [S, tokens, 2]."""
+"""S reads [..., D], their lse [S, ...], and m and z of each [S, ..., 2]."""
 WARP_COLUMNS = 256
 """Columns of a warp: 8, which are 16 bytes in half precision, of each thread."""
 MIX_TOKENS, MIX_WARPS = 2, 4
@@ -273,20 +276,20 @@ def _columns(dim: int, num_reads: int, num_sources: int) -> tuple[int, int]:
 @on_their_device
 def mixed(sources: list[Tensor], scores: list[Tensor], rstds: list[Tensor] | None) -> Mixed:
     """Launch ``_mix``, or ``_mix_many``."""
-    first, (num_reads, num_tokens), num_sources = sources[0], scores[0].shape, len(sources)
-    dim, count = first.shape[1], padded(num_sources)
-    outs = [first.new_empty(num_tokens, dim) for _ in range(num_reads)]
-    lse, softmax = torch.empty_like(scores[0]), scores[0].new_empty(num_reads, num_tokens, 2)
+    first, num_reads, num_sources = sources[0], len(scores[0]), len(sources)
+    (num_tokens, dim), count = size_of(first), padded(num_sources)
+    outs = [first.new_empty(first.shape) for _ in range(num_reads)]
+    lse, softmax = torch.empty_like(scores[0]), scores[0].new_empty(*scores[0].shape, 2)
     if num_sources > GROUP:
         block_d, num_warps = _columns(dim, num_reads, num_sources)
-        _mix_many[(num_tokens, triton.cdiv(dim, block_d))](
+        _mix_many[(num_tokens, cdiv(dim, block_d))](
             pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), tuple(outs), lse, softmax, num_sources,
             num_tokens, dim, N=count, S=num_reads, BLOCK_D=block_d, NORMALIZE=rstds is not None,
             ALIGNED=is_aligned(*sources, *outs), ACC=accumulator(first), num_warps=num_warps,
         )  # fmt: skip
         return outs, lse, softmax
     block_d = min(WARP_COLUMNS * MIX_WARPS, power_of_two(dim, 16))
-    _mix[(triton.cdiv(num_tokens, MIX_TOKENS),)](
+    _mix[(cdiv(num_tokens, MIX_TOKENS),)](
         pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), tuple(outs), lse, softmax, num_sources,
         num_tokens, dim, N=count, S=num_reads, N_PAD=power_of_two(count), BLOCK_T=MIX_TOKENS, BLOCK_D=block_d,
         NORMALIZE=rstds is not None, ALIGNED=is_aligned(*sources, *outs), ACC=accumulator(first),
@@ -302,13 +305,13 @@ def mixed_backward(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
     """Launch the backward pass: gradients of the sources, ``passed`` added, of their scores and, if given, of ``rstds``;
     ``softmax`` is m and z, which a single source needs not."""
-    first, (num_reads, num_tokens), num_sources = sources[0], scores[0].shape, len(sources)
-    dim, reads = first.shape[1], power_of_two(num_reads)
+    first, num_reads, num_sources = sources[0], len(scores[0]), len(sources)
+    (num_tokens, dim), reads = size_of(first), power_of_two(num_reads)
     block_d, num_warps = _columns(dim, num_reads, num_sources)
     piece = block_d // num_warps
-    chunks = triton.cdiv(dim, block_d)
+    chunks = cdiv(dim, block_d)
     num_pieces = chunks * num_warps
-    dsources = [first.new_empty(num_tokens, dim) for _ in sources]
+    dsources = [source.new_empty(source.shape) for source in sources]
     dscores = [torch.empty_like(scores[0]) for _ in sources]
     drstds = [torch.empty_like(rstd) for rstd in rstds] if rstds is not None else []
     # A single source has the whole weight whatever its score: what dp adds to ds cancels.
@@ -324,7 +327,7 @@ def mixed_backward(
         PASSED=passed is not None, ALIGNED=is_aligned(*sources, *douts, *dsources, *(passed or ())),
         BYTES=first.element_size(), STAGES=BACKWARD_STAGES, num_warps=num_warps, **fixed,
     )  # fmt: skip
-    _score_gradients[(triton.cdiv(num_tokens, SCORE_TOKENS),)](
+    _score_gradients[(cdiv(num_tokens, SCORE_TOKENS),)](
         pointers(scores), pointers(rstds), softmax, dlse, products, pointers(dscores), pointers(drstds or None), num_sources,
         num_tokens, num_pieces, PIECES=power_of_two(num_pieces), BLOCK_T=SCORE_TOKENS,
         num_warps=min(4, reads * power_of_two(num_pieces)), **fixed,
@@ -332,21 +335,21 @@ def mixed_backward(
     return dsources, dscores, drstds
 
 
-@torch.library.custom_op("fathom::mix", mutates_args=())
+@operator("mix")
 def mix_op(sources: list[Tensor], scores: list[Tensor]) -> Mixed:
-    """S reads of N sources [tokens, D] by their scores [S, tokens], their lse, and of each the largest score and the sum that
+    """S reads of N sources [..., D] by their scores [S, ...], their lse, and of each the largest score and the sum that
     it divides by."""
     return mixed(sources, scores, None)
 
 
-@mix_op.register_fake
+@torch.library.register_fake(mix_op)
 def _(sources, scores):
     known = scores[0]
     outs = [sources[0].new_empty(sources[0].shape) for _ in range(known.shape[0])]
     return outs, torch.empty_like(known), known.new_empty(*known.shape, 2)
 
 
-@torch.library.custom_op("fathom::mix_backward", mutates_args=())
+@operator("mix_backward")
 def mix_backward(
     sources: list[Tensor], scores: list[Tensor], softmax: Tensor | None, douts: list[Tensor], dlse: Tensor,
     passed: list[Tensor],
@@ -356,7 +359,7 @@ def mix_backward(
     return dsources, dscores
 
 
-@mix_backward.register_fake
+@torch.library.register_fake(mix_backward)
 def _(sources, scores, softmax, douts, dlse, passed):
     return [source.new_empty(source.shape) for source in sources], [torch.empty_like(each) for each in scores]
 
@@ -371,7 +374,7 @@ class _Mix(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if count == 1:  # every read is the source, its lse the score: nothing to compute, and nothing to store
             ctx.save_for_backward(*tensors, None)
-            outs = [sources[0].view_as(sources[0]) for _ in scores[0]]
+            outs = [sources[0].view_as(sources[0]) for _ in range(len(scores[0]))]
             return (*outs, scores[0].view_as(scores[0]), *sources)
         outs, lse, softmax = mix_op(list(sources), list(scores))
         ctx.save_for_backward(*tensors, softmax)
@@ -392,8 +395,8 @@ class _Mix(torch.autograd.Function):
 
 
 def mix(sources: Sequence[Tensor], scores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """S reads [tokens, D] of N sources [tokens, D] by N scores [S, tokens], their lse [S, tokens], and the sources, for later
-    reads: what those add to the gradient, this backward pass takes up."""
+    """S reads of N sources [..., D] by N scores [S, ...], their lse [S, ...], and the sources, for later reads: what those add to
+    the gradient, this backward pass takes up."""
     num_reads = scores[0].shape[0]
     found = list(_Mix.apply(len(sources), *sources, *scores))
     return found[:num_reads], found[num_reads], found[num_reads + 1 :]

@@ -24,9 +24,12 @@ def on_their_device(launch: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(launch)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = (arg[0] if isinstance(arg, list) and arg else arg for arg in args)
-        with torch.cuda.device_of(next(each for each in given if isinstance(each, Tensor))):
-            return launch(*args, **kwargs)
+        for arg in args:
+            first = arg[0] if isinstance(arg, list) and arg else arg
+            if isinstance(first, Tensor):
+                with torch.cuda.device_of(first):
+                    return launch(*args, **kwargs)
+        raise TypeError(f"{launch.__name__} was given no tensor")
 
     return run
 
@@ -195,7 +198,7 @@ def accumulator(tensor: Tensor) -> tl.dtype:
 
 def statistic(like: Tensor, *shape: int) -> Tensor:
     """An empty tensor for what is kept per token, in the dtype of sums."""
-    return torch.empty(shape, dtype=compute_dtype(like), device=like.device)
+    return like.new_empty(shape, dtype=compute_dtype(like))
 
 
 def present(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
