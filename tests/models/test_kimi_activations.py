@@ -48,6 +48,7 @@ def test_streams_keep_each_sum_and_each_mix_once():
     mixes, updates, normed = 4 + 2 + 1, 3 + 3 + 1, 4
     parts = gpu_activation_bytes(WIDE, 5, 192)
     assert parts["prenorm"] == 5 * 192 * sites * (2 * 256 + 4)
-    rows, numbers = sites + mixes, ahead + sources + mixes + 3 * (updates + normed)
+    # Of each mix two numbers for its own backward pass; the lse of all but the output's, for the updates that merge with it.
+    rows, numbers = sites + mixes, ahead + sources + 2 * mixes + (mixes - 1) + 3 * (updates + normed)
     queries = 4 * sites * 256  # folded with their gains
     assert parts["block"] == 5 * 192 * (2 * 256 * rows + 4 * numbers) + queries
