@@ -32,7 +32,8 @@ def operator(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
         _library.define(
             name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
         )
-        _library.impl(name, torch.compiler.disable(run), "CompositeExplicitAutograd")
+        # As torch.compiler.disable, which loads torch._dynamo at once: a second that only compiling needs.
+        _library.impl(name, torch._disable_dynamo(run), "CompositeExplicitAutograd")  # type: ignore[attr-defined]
         return getattr(torch.ops.fathom, name).default
 
     return define
