@@ -51,8 +51,9 @@ def _copied(module: Any, device: torch.device) -> Any:
     copied._parameters, copied._buffers = {}, {}
     copied._modules = {name: child and _copied(child, device) for name, child in module._modules.items()}
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        # Not as a parameter, which would be a leaf of the autograd graph.
-        vars(copied)[name] = None if tensor is None else tensor.to(device)
+        # Not as a parameter, which would be a leaf of the autograd graph. The view takes the gradient on the parameter's own
+        # device: from the copy's node, on another device's stream, autograd would add it up with a warning.
+        vars(copied)[name] = None if tensor is None else tensor.view_as(tensor).to(device)
     return copied
 
 

@@ -54,14 +54,15 @@ def test_equals_the_equation(shape: tuple[int, int, int, int], dtype: torch.dtyp
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        *(((17, 2, 96, 3), each) for each in DTYPES),
+        *(((17, 2, 96, 3), each) for each in DTYPES if each != torch.float32),
+        ((17, 2, 96, 40 if torch.cuda.is_available() else 12), torch.float32),
         *(((n, 8, 96, 3), torch.float32) for n in (17, 33)),
         ((10, 1, 530, 2), DTYPES[0]),
     ],
     ids=str,
 )
 def test_equals_the_equation_with_many_sources(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str):
-    # In float32 the scores' own rounding sways a single source's error: over more of them, eight reads for a mean that tells.
+    # In float32 the scores' own rounding sways a single source's error: with few reads over more tokens, for a mean that tells.
     assert_as_good_as_plain(call(shape[0]), *(make(*shape, dtype, device) for _ in range(DRAWS[dtype])))
 
 
