@@ -39,12 +39,14 @@ def _gap(case: str, arm: str, metric: str, gap: Difference | None) -> list[dict[
 
 
 def _gains(found: list[Outcome]) -> list[dict[str, Any]]:
-    """Each arm of each size: its losses, and by how much they differ from PreNorm's."""
+    """Each arm of each size: its losses, and by how much they differ from PreNorm's; Block's from Full's."""
     rows = []
     for each in ablations.table(found):
         rows += _losses(each.case, each.arm, "val_loss", list(each.losses.values()))
         rows += _gap(each.case, each.arm, "minus_prenorm", each.difference)
-    return rows
+    others = [end for end in found if end.planned.arm != "prenorm"]
+    full = ablations.table(others, baseline="full") if "full" in arms(others) else []
+    return rows + [each for row in full for each in _gap(row.case, row.arm, "minus_full", row.difference)]
 
 
 def _ablations(table: list[ablations.Row]) -> list[dict[str, Any]]:
@@ -56,6 +58,19 @@ def _ablations(table: list[ablations.Row]) -> list[dict[str, Any]]:
         paper = PAPER.get(re.sub(r"heads\d+", "heads", each.arm))
         if paper is not None:
             rows.append(row(each.arm, "paper", "row_minus_prenorm", UNIT, [paper]))
+    return rows
+
+
+def _changes(found: list[Outcome]) -> list[dict[str, Any]]:
+    """What one change to Full, or to blocks of four, does: here, and in the paper."""
+    rows = []
+    for of, name in (("full", "row_minus_full"), ("block-s4", "row_minus_block")):
+        variants = [end for end in found if end.planned.arm.startswith(of)]
+        for each in ablations.table(variants, baseline=of) if of in arms(variants) else []:
+            paper = PAPER.get(re.sub(r"heads\d+", "heads", each.arm))
+            if each.difference is not None and paper is not None:
+                rows += _gap(each.arm, "here", name, each.difference)
+                rows.append(row(each.arm, "paper", name, UNIT, [round(paper - PAPER[of], 4)]))
     return rows
 
 
@@ -117,7 +132,7 @@ def summarize(results: Path) -> dict[str, Any]:
     if (found := _stage(results, "rows")) and with_baseline:
         found += twins
         table = ablations.table(found)
-        rows += _ablations(table)
+        rows += [*_ablations(table), *_changes(found)]
         notes.append(ablations.luck(table))
         if any(each.difference for each in table):
             figures["rows"] = figures_sweep.difference_figure(table, "prenorm", 0.9)

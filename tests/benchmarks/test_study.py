@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -120,7 +121,8 @@ def test_committed_numbers_follow_from_the_committed_runs(study: ModuleType, nam
 
 def test_sentences_about_the_tuning_are_its_result(study: ModuleType) -> None:
     results = ROOT / "benchmarks/results/2026-11-22_study"
-    losses = {row["case"]: row["median"] for row in json.loads((results / "result.json").read_text())["rows"]}
+    rows = json.loads((results / "result.json").read_text())["rows"]
+    losses = {row["case"]: row["median"] for row in rows if row["metric"] == "tuning_loss"}
     best = min((case for case in losses if not case.startswith("x")), key=losses.__getitem__)
     assert best == "muon-0.01-0.3-0.016"
     factors = [0.5, 0.71, 1.0, 1.41]
@@ -135,3 +137,49 @@ def test_sentences_about_the_tuning_are_its_result(study: ModuleType) -> None:
         assert f" {losses[case]:.3f}" in text, case
     assert f"end at {losses['x0.5']:.3f}, {losses['x0.71']:.3f}, {losses['x1']:.3f} and {losses['x1.41']:.3f}" in text
     assert f"parabola is {parabola:.2f}" in text
+
+
+def test_sentences_about_the_gain_are_its_result() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/2026-11-22_study/result.json").read_text())["rows"]
+    found = {(row["metric"], row["case"], row["arm"]): row for row in rows}
+    text = " ".join((ROOT / "docs/study.md").read_text().split())
+
+    def gap(metric: str, case: str, arm: str = "here") -> str:
+        return f"{abs(found[metric, case, arm]['median']):.3f}"
+
+    def interval(metric: str, case: str, arm: str = "here") -> tuple[str, str]:
+        return tuple(sorted(f"{abs(found[metric, case, arm][end]):.3f}" for end in ("low", "high")))  # type: ignore[return-value]
+
+    gains = {arm: sorted(gap("minus_prenorm", f"s{size}", arm) for size in (1, 2, 3, 4)) for arm in ("block", "full")}
+    ends = f"Block AttnRes ends {gains['block'][0]} to {gains['block'][-1]} nats below PreNorm"
+    assert f"{ends} and Full AttnRes {gains['full'][0]} to {gains['full'][-1]}" in text
+    assert all(found["minus_prenorm", f"s{size}", arm]["high"] < 0 for size in (1, 2, 3, 4) for arm in gains)
+    for arm in gains:
+        times = found["compute_multiplier", "L = A C^-a", arm]
+        said = rf"×{times['median']:.2f} (compute )?for {arm.title()} \((90 % interval )?"
+        assert re.search(rf"{said}{times['low']:.2f} to {times['high']:.2f}\)", text)
+    for case in ("s1", "s4"):
+        assert found["minus_full", case, "block"]["low"] > 0
+    assert (
+        f"by {gap('minus_full', 's1', 'block')} nats at the first size and {gap('minus_full', 's4', 'block')} at the largest"
+        in text
+    )
+    for metric, case, before in (
+        ("row_minus_full", "full-no-key-norm", "worse, by {} nats ({} to {}) in Full"),
+        ("row_minus_block", "block-s4-heads3", "worse than one, by {} nats ({} to {})"),
+        ("row_minus_prenorm", "denseformer", "DenseFormer is {} nats below PreNorm ({} to {})"),
+        ("row_minus_full", "full-window8", "{} nats below Full ({} to {})"),
+    ):
+        assert before.format(gap(metric, case), *interval(metric, case)) in text, case
+    static, sigmoid = (found["row_minus_full", f"full-{case}", "here"] for case in ("static", "sigmoid"))
+    assert (
+        f"add {static['median']:.3f} to that, with an interval from {static['low']:.3f} to {static['high']:.3f}" in text
+    )
+    assert f"softmax ({sigmoid['median']:.3f}, {sigmoid['low']:.3f} to {sigmoid['high']:.3f})" in text
+    best = min((row for row in rows if row["metric"] == "row_minus_prenorm"), key=lambda row: row["median"])
+    assert best["case"] == "full-window8"
+    spent = [
+        json.loads(line) for line in (ROOT / "benchmarks/results/2026-11-22_study/spent.jsonl").read_text().splitlines()
+    ]
+    lost = sum(line["seconds"] for line in spent if "lost" in line)
+    assert f"{sum(line['seconds'] for line in spent):,.0f} are spent, of which {lost:,.0f}" in text
