@@ -147,6 +147,53 @@ def test_sentences_about_the_kernels_are_their_result() -> None:
         assert f"{step} over PreNorm in a model's step" in page.read_text(), page
 
 
+def test_sentences_about_the_later_runs_of_the_kernels_are_their_results() -> None:
+    def over(folder: str) -> dict[tuple[str, str, str], float]:
+        rows = json.loads((RESULTS / folder / "result.json").read_text())["rows"]
+        return {(row["case"], row["arm"], row["metric"]): row["over_prenorm"] for row in rows}
+
+    def percent(ratio: float) -> str:
+        return f"{100 * ratio - 100:.1f} %"
+
+    rerun, newest = over("2026-11-22_residual-path-h200-rerun"), over("2026-11-22_residual-path-d4096")
+    step, forward, wall = "forward_backward_ms", "forward_ms", "wall_ms"
+    steps = [percent(run["model-d2048", "fathom", step]) for run in (rerun, newest)]
+    wide = [
+        f"×{newest['model-d4096', arm, metric]:.3f}"
+        for arm, metric in (("fathom", step), ("fathom", wall), ("fathom", forward), ("fathom-recompute", step),
+                            ("fathom-recompute", "peak_gib"), ("fla", step), ("liger", step))
+    ]  # fmt: skip
+    again = [percent(newest["model-d2048", "fathom", forward]), f"×{newest['stack-d2048', 'fathom', step]:.3f}"]
+    for page in ("README.md", "CHANGELOG.md", "docs/kernels.md", "docs/log.md"):
+        text = (ROOT / page).read_text()
+        assert all(figure in text for figure in (*steps, *wide[:2])), page
+    for page in ("docs/kernels.md", "docs/log.md"):
+        assert all(figure in (ROOT / page).read_text() for figure in again), page
+    for page in ("docs/kernels.md", "benchmarks/results/2026-11-22_residual-path-d4096/README.md"):
+        assert all(figure in (ROOT / page).read_text() for figure in wide), page
+
+
+def test_full_attnres_kernels_are_the_profiles() -> None:
+    """The table of docs/kernels.md; its floors are passes over [16384, 384] at the bandwidth of the run beside it."""
+    folder = RESULTS / "2026-11-22_residual-path-d4096"
+    bandwidth = json.loads((folder / "raw-d2048.json").read_text())["cases"][0]["copy_bytes_per_second"]
+    profile = (folder / "probes/full-attnres.txt").read_text()
+    whole = re.search(r"kernels ([\d.]+) ms", profile)
+    assert whole is not None
+    lines = re.findall(r"^ +([\d.]+) ms +(\d+) +(\S+)", profile, re.MULTILINE)
+    table = (ROOT / "docs/kernels.md").read_text().split("| kernels of Full's stack (launches) |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:6]] for line in table.splitlines()[2:]]
+    assert rows[-1][3] == whole[1]
+    for kernels, passes, floor, found, share in rows[:-2]:
+        names, count = re.findall(r"`(\w+)`", kernels) or ["void"], re.findall(r"(\d+)\)", kernels)[0]
+        picked = [line for line in lines if line[2] in names and (names != ["void"] or line[1] == count)]
+        assert int(count) == sum(int(line[1]) for line in picked), kernels
+        milliseconds = 1e3 * int(passes.replace(",", "")) * 2 * 16384 * 384 / bandwidth
+        total = sum(float(line[0]) for line in picked)
+        assert [floor, found, share] == [f"{milliseconds:.1f}", f"{total:.1f}", f"{100 * milliseconds / total:.0f} %"]
+    assert rows[-2][3] == f"{float(whole[1]) - sum(float(row[3]) for row in rows[:-2]):.1f}"
+
+
 def test_sentences_about_two_gpus_are_their_result() -> None:
     def below(folder: str) -> dict[tuple[str, str], float]:
         rows = json.loads((RESULTS / folder / "result.json").read_text())["rows"]

@@ -1,5 +1,6 @@
 """The residual-path benchmark's own arithmetic: its gate, its ratios, its byte floors. Its times need a GPU."""
 
+import json
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -16,6 +17,7 @@ from fathom.kernels import use_backend
 from fathom.models.layers import RMSNorm
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
 MODULES = ("workloads", "arms", "gate", "peers", "timing", "steps", "summarize", "residual_path", "kernels_alone")
 
 
@@ -139,6 +141,20 @@ def test_ratios_are_taken_between_times_of_one_round(benchmarks) -> None:
     assert ("fathom", "first_call_s") in rows
     again = {(r["arm"], r["metric"]) for r in benchmarks.residual_path.rows(raw, seen)}
     assert ("fathom", "first_call_s") not in again, "a later case of that width finds the kernels compiled"
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("*_residual-path*")), ids=lambda folder: folder.name)
+def test_committed_rows_follow_from_their_raw_times(benchmarks, folder) -> None:
+    """Of each run of the benchmark in its folder; a run by itself says what is a first call."""
+    result = json.loads((folder / "result.json").read_text())
+    runs = {run["env"]["command"]: run for run in (json.loads(path.read_text()) for path in folder.glob("raw*.json"))}
+    rows = []
+    for command in result["command"].split(" && "):
+        seen: set[tuple[str, int]] = set()
+        rows += [row for case in runs.pop(command)["cases"] for row in benchmarks.residual_path.rows(case, seen)]
+    assert rows == result["rows"] and not runs
+    cases = {row["case"] for row in rows}
+    assert result.get("kernels", dict.fromkeys(cases)).keys() == cases, "every case says which commit's kernels ran"
 
 
 def test_byte_floors_count_each_tensor_once(benchmarks) -> None:
