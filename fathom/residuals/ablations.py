@@ -4,7 +4,7 @@
 
 | switch              | default    | other                                                                                 |
 |---------------------|------------|---------------------------------------------------------------------------------------|
-| ``query``           | learned    | input: q = W_l RMSNorm(h'), h' the read before (D x D each, zero at first)             |
+| ``query``           | learned    | input: q = W_l RMSNorm(h') / D, h' the read before (W_l is D x D, zero at first)       |
 |                     |            | none: no query and key, the scores are learned constants (input-independent mixing)  |
 | ``activation``      | softmax    | sigmoid of each score, not normalised                                                 |
 | ``key_norm``        | True       | False: the key is the source itself                                                   |
@@ -100,7 +100,8 @@ class SwitchedAttnRes(Rule):
             query = self.query[site]
         else:
             assert state.latest is not None
-            query = product(self.normalised(state.latest), self.query_gate[site])
+            # A step of Adam moves a score by at most the rate times D then, as with a learned query: the rate is the same.
+            query = product(self.normalised(state.latest), self.query_gate[site]) / self.dim
         query = query * self.key_gain[site] if self.has_gain else query
         keys = [self.normalised(s) if self.key_norm else s.to(compute_dtype(s)) for s in sources]
         return torch.stack([(query * key).unflatten(-1, (self.heads, -1)).sum(-1) for key in keys])

@@ -365,7 +365,7 @@ def test_full_switches_by_hand(case: str) -> None:
         if "no query" in case:
             scores = torch.stack([s.expand(2, 3)[..., None] for s in stream.score[site]])
         else:
-            query = rms(latest) @ stream.query_gate[site] if "input" in case else stream.query[site]
+            query = rms(latest) @ stream.query_gate[site] / stream.dim if "input" in case else stream.query[site]
             keys = seen if "no key norm" in case else [rms(s) * stream.key_gain[site] for s in seen]
             scores = torch.stack([(query * key).unflatten(-1, (heads, -1)).sum(-1) for key in keys])
         weights = torch.sigmoid(scores) if "sigmoid" in case else scores.softmax(0)
