@@ -2,7 +2,7 @@
 
     python benchmarks/release.py RUN fathom/assets/models/NAME
 
-The report's depth maps are measured first, so that `fathom report NAME` needs no data.
+The report's depth maps are measured first, so that `fathom report NAME` needs no data. Paths of the machine become names.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,9 +18,18 @@ from safetensors.torch import load_file, save_file
 from fathom import sealed
 from fathom.lab.report_measure import measure
 from fathom.train.checkpoint import checkpoints, read_progress
-from fathom.train.config import load_config, save_config
+from fathom.train.config import load_config, read_object, save_config
 
-FILES = ("data.json", "env.json", "metrics.jsonl", "summary.json", "depth.json", "reads.json", "tokenizer.json")
+FILES = ("metrics.jsonl", "summary.json", "depth.json", "reads.json", "tokenizer.json")
+
+
+def without_paths(value: Any) -> Any:
+    """JSON ``value`` with the last name of each absolute path in its place."""
+    if isinstance(value, dict):
+        return {key: without_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_paths(each) for each in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def release(run: Path, out: Path) -> Path:
@@ -29,12 +39,16 @@ def release(run: Path, out: Path) -> Path:
     out.mkdir(parents=True)
     for name in FILES:
         shutil.copy(run / name, out / name)
+    for name in ("data.json", "env.json"):
+        (out / name).write_text(json.dumps(without_paths(read_object(run / name)), indent=2) + "\n")
     config = load_config(run / "config.json")
     save_config(replace(config, data=replace(config.data, folder=Path(config.data.folder).name)), out / "config.json")
     target = out / "checkpoints" / newest.name
     sealed.hidden(target).mkdir(parents=True)
     weights = {name: value.to(torch.bfloat16) for name, value in load_file(newest / "model.safetensors").items()}
-    save_file(weights, sealed.hidden(target) / "model.safetensors")
+    file = sealed.hidden(target) / "model.safetensors"
+    save_file(weights, file)
+    file.chmod(0o644)  # safetensors writes for the owner alone
     sealed.publish(target, asdict(read_progress(newest)))
     return target
 

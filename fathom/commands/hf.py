@@ -16,7 +16,7 @@ def export() -> Function:
         """Write a run as a model folder of Transformers, with the same weights and its tokenizer.
 
         Args:
-            run: The run folder, or `sotu-1m`, the model that comes with Fathom.
+            run: The run folder, or `debian-5m` or `sotu-1m`, the models that come with Fathom.
             out: The folder to make.
             checkpoint: The step of the checkpoint; the newest if not given.
         """
@@ -123,7 +123,7 @@ def evaluate() -> Function:
         is the harness's own, `paper` those of the paper's Table 3; a task whose data is missing is a line, and the rest run.
 
         Args:
-            model: A run folder, a checkpoint of one, `sotu-1m`, or a model folder of Transformers.
+            model: A run folder, a checkpoint of one, `debian-5m` or `sotu-1m`, or a model folder of Transformers.
             tasks: Names of tasks.
             limit: Documents of each task; all if not given.
             batch: Sequences at a time.

@@ -18,6 +18,7 @@ def mixing() -> Function:
     from fathom.residuals.mixing import mixing as measure
     from fathom.residuals.mixing import rank, semiseparable_rank
     from fathom.train.metrics import writing
+    from fathom.train.released import run_folder
 
     def run(
         runs: Positional[tuple[Path, ...]] = (),
@@ -30,7 +31,7 @@ def mixing() -> Function:
         A rank of one token's matrix says how many vectors a recurrence over depth would have to carry to read as the run does.
 
         Args:
-            runs: Run folders with a checkpoint.
+            runs: Run folders with a checkpoint, or `sotu-1m`, a run that comes with Fathom.
             out: A folder for the figures, as SVG.
         """
         if sequence < 1:
@@ -50,7 +51,7 @@ def mixing() -> Function:
                 print(columns([head, *cells]))
         found: dict[str, dict[str, Any]] = {}
         for folder in runs:
-            newest = load_newest(folder, sequences=1, device="cpu")
+            newest = load_newest(run_folder(folder), sequences=1, device="cpu")
             result = measure(newest.model.double(), newest.arrays[0][0][:1, :sequence])
             mean, last = result.mean(), result.matrix[:-1, :-1, 0, -1, 0]
             found[str(folder)] = {

@@ -131,7 +131,7 @@ def report() -> Function:
         What each layer and token reads is first measured on the newest checkpoint of a run, where that has not been done.
 
         Args:
-            runs: Run folders and sweeps, or `sotu-1m`, the run that comes with Fathom.
+            runs: Run folders and sweeps, or `debian-5m` or `sotu-1m`, the runs that come with Fathom.
             out: The page to write.
             figures: A folder for the paper's figures of these runs, as SVG and PNG.
         """

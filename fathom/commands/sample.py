@@ -54,7 +54,7 @@ def sample() -> Function:
     ) -> None:
         """Continue a text with the model of a run, as it comes; the speed goes to standard error.
 
-        RUN is a run folder, or a checkpoint in it, or `sotu-1m`, the model that comes with Fathom.
+        RUN is a run folder, or a checkpoint in it, or `debian-5m` or `sotu-1m`, the models that come with Fathom.
         """
         if (prompt is not None) + (prompts is not None) + interactive > 1:
             raise UserError("--prompt, --prompts and --interactive exclude one another: give one")

@@ -28,7 +28,7 @@ def debian_50m() -> RunConfig:
 
 
 def debian_5m() -> RunConfig:
-    """The model that comes with Fathom: 14 decoder layers of width 128, 10 MB in bf16, on the Debian documentation; one GPU."""
+    """The larger model in the package: 14 decoder layers of width 128, 10 MB in bf16, on the Debian documentation; one GPU."""
     return RunConfig(
         model=ModelConfig(context=512, dim=128, num_layers=14, num_heads=4, tie_embeddings=True),
         data=DataConfig(folder="data/debian-docs", batch=64),

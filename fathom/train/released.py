@@ -1,6 +1,6 @@
-"""The model that comes with Fathom: a run folder inside the package; `sample`, `report`, `export` and `eval` take its name.
+"""Run folders inside the package: models that `sample`, `report`, `export`, `eval` and `lab mixing` know by name.
 
-Its checkpoint holds bf16 weights and no optimizer, so that it is small: it is for looking at, not for training on.
+A checkpoint of theirs holds bf16 weights and no optimizer, so that it is small: it is for looking at, not for training on.
 """
 
 from importlib import resources
