@@ -74,6 +74,20 @@ def _changes(found: list[Outcome]) -> list[dict[str, Any]]:
     return rows
 
 
+def _checks(found: list[Outcome]) -> list[dict[str, Any]]:
+    """What the rows left in doubt, each at its size, beside that size's PreNorm and Full."""
+    rows = []
+    for baseline, name in (("prenorm", "check_minus_prenorm"), ("full", "check_minus_full")):
+        if baseline in arms(found):
+            for each in ablations.table(found, baseline=baseline):
+                if each.arm not in ("prenorm", "full"):
+                    rows += _losses(each.case, each.arm, "check_loss", list(each.losses.values())) * (
+                        baseline == "prenorm"
+                    )
+                    rows += _gap(each.case, each.arm, name, each.difference)
+    return rows
+
+
 def _laws(found: list[Outcome]) -> tuple[list[dict[str, Any]], Fit | None]:
     points = scaling.points_of(found, "prenorm")
     count = len(points["prenorm"].losses)
@@ -136,6 +150,10 @@ def summarize(results: Path) -> dict[str, Any]:
         notes.append(ablations.luck(table))
         if any(each.difference for each in table):
             figures["rows"] = figures_sweep.difference_figure(table, "prenorm", 0.9)
+    if (found := _stage(results, "checks")) and with_baseline:
+        checked = {end.planned.case for end in found}
+        twins = [end for end in _stage(results, "sizes") if end.planned.case in checked and end.planned.arm != "block"]
+        rows += _checks(found + twins)
     if found := _stage(results, "shapes"):
         maps = depth_width.maps(found)
         losses = [loss for each in maps for line in each.losses for loss in line if loss is not None]

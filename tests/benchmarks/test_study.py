@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -21,31 +22,36 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("study")
 
 
-def test_the_best_rate_is_the_parabolas_lowest_point(study: ModuleType) -> None:
+@pytest.fixture
+def stages(study: ModuleType) -> ModuleType:
+    return importlib.import_module("study_stages")
+
+
+def test_the_best_rate_is_the_parabolas_lowest_point(stages: ModuleType) -> None:
     rates = [1e-3, 2e-3, 4e-3, 8e-3]
     best = 3e-3
-    losses = [(study.math.log(rate / best)) ** 2 + 3 for rate in rates]
-    assert study.best_rate(rates, losses) == pytest.approx(best)
-    assert study.best_rate(rates, [4, 3, 2, 1]) == 8e-3, "an end of the grid is taken as it is"
-    assert study.best_rate(rates, [4, 3, 3.5, float("inf")]) < 4e-3
+    losses = [(math.log(rate / best)) ** 2 + 3 for rate in rates]
+    assert stages.best_rate(rates, losses) == pytest.approx(best)
+    assert stages.best_rate(rates, [4, 3, 2, 1]) == 8e-3, "an end of the grid is taken as it is"
+    assert stages.best_rate(rates, [4, 3, 3.5, float("inf")]) < 4e-3
 
 
-def test_the_carried_factor_is_a_held_power_of_compute(study: ModuleType) -> None:
-    assert study.carried_factor(1, 0.5, (1, 16), 16) == pytest.approx(0.5), "a quarter: through both"
-    assert study.carried_factor(1, 0.5, (1, 16), 256) == pytest.approx(0.25)
-    assert study.carried_factor(0.5, 1, (1, 16), 256) == pytest.approx(0.5**0.5), "never rising"
-    assert study.carried_factor(1, 0.01, (1, 16), 16) == pytest.approx(0.1 / 2**0.5), "never steeper than a quarter"
+def test_the_carried_factor_is_a_held_power_of_compute(stages: ModuleType) -> None:
+    assert stages.carried_factor(1, 0.5, (1, 16), 16) == pytest.approx(0.5), "a quarter: through both"
+    assert stages.carried_factor(1, 0.5, (1, 16), 256) == pytest.approx(0.25)
+    assert stages.carried_factor(0.5, 1, (1, 16), 256) == pytest.approx(0.5**0.5), "never rising"
+    assert stages.carried_factor(1, 0.01, (1, 16), 16) == pytest.approx(0.1 / 2**0.5), "never steeper than a quarter"
 
 
-def test_candidates_are_every_combination_and_scale_together(study: ModuleType) -> None:
-    found = study.candidates(study.SCALES["h100"])
+def test_candidates_are_every_combination_and_scale_together(stages: ModuleType) -> None:
+    found = stages.candidates(stages.SCALES["h100"])
     assert len(found) == 18 + 12
     muon = found["muon-0.02-0.1-0.004"]
     assert (muon.optimizer, muon.muon_lr, muon.embedding_lr, muon.head_lr, muon.lr) == ("muon", 0.02, 0.1, 4e-3, 4e-3)
-    half = study.scaled(muon, 0.5)
+    half = stages.scaled(muon, 0.5)
     assert (half.muon_lr, half.embedding_lr, half.head_lr, half.lr) == (0.01, 0.05, 2e-3, 2e-3)
     assert half.depth_lr is None, "the queries' own rate is not tuned"
-    beyond = study.beyond(study.SCALES["h100"], muon)
+    beyond = stages.beyond(stages.SCALES["h100"], muon)
     assert len(beyond) == 17 and not beyond.keys() & found.keys() - {
         "muon-0.02-0.3-0.004",
         "muon-0.01-0.1-0.004",
@@ -54,14 +60,14 @@ def test_candidates_are_every_combination_and_scale_together(study: ModuleType) 
     assert (beyond["muon-0.005-0.3-0.064"].muon_lr, beyond["muon-0.005-0.3-0.064"].head_lr) == (0.005, 0.064)
 
 
-def test_the_sizes_span_sixteen_times_the_compute(study: ModuleType, tmp_path: Path) -> None:
-    scale, data = study.SCALES["h100"], str(embedded(tmp_path))
-    cost = [training_flops(study.run_config(scale, data, at, "prenorm", OptimConfig(), 0)) for at in range(4)]
+def test_the_sizes_span_sixteen_times_the_compute(stages: ModuleType, tmp_path: Path) -> None:
+    scale, data = stages.SCALES["h100"], str(embedded(tmp_path))
+    cost = [training_flops(stages.run_config(scale, data, at, "prenorm", OptimConfig(), 0)) for at in range(4)]
     assert cost == sorted(cost) and cost[-1] / cost[0] >= 16
 
 
 def test_a_stage_waits_for_the_rates_and_time_is_added_up(
-    study: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: ModuleType, stages: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, data = tmp_path / "out", str(embedded(tmp_path))
     study.plan(out, data, "toy")
@@ -90,6 +96,16 @@ def test_a_stage_waits_for_the_rates_and_time_is_added_up(
     rates = [by_size[f"s{size}"].lr for size in (1, 2, 3)]
     assert 8e-3 > rates[0] > rates[1] > rates[2], "half the rates at the second size: falling with compute"
     assert all(run.config.optim == by_size[run.case] for run in sizes), "all arms of a size share them"
+    checks = study.stage_of(out, "checks", settings).runs
+    assert len(checks) == settings["stages"]["checks"]["runs"] == 3
+    assert {run.name: run.config.optim for run in checks} == {
+        f"{case}-{arm}-seed0": by_size[case]
+        for case, arm in (("s1", "full-plain"), ("s1", "full-input-query"), ("s3", "full-window8"))
+    }
+    plain = next(run.config.model.residual for run in checks if run.arm == "full-plain")
+    assert plain.rule == "full" and plain.window == 2 * stages.SCALES["toy"].sizes[0][0], (
+        "every output, by plain operations"
+    )
     spent = (
         {"stage": "rates", "seconds": 7199.5, "machine": "one"},
         {"stage": "sizes", "seconds": 1, "machine": "one"},
@@ -99,6 +115,24 @@ def test_a_stage_waits_for_the_rates_and_time_is_added_up(
     assert "7,200 spent, -0 left" in capsys.readouterr().out
     assert not (out / "sizes" / "runs").exists()
     assert study.summarize(out)["rows"] == [], "a stage of which no run is done"
+    ends = {"prenorm": 4.0, "block": 3.875, "full": 3.75, "full-window8": 3.5, "full-plain": 3.75}
+    for stage, runs in (("sizes", sizes), ("checks", checks)):
+        for run in runs:
+            folder = out / stage / "runs" / run.name
+            folder.mkdir(parents=True)
+            if run.arm in ends:
+                (folder / "summary.json").write_text(json.dumps({"steps": run.config.steps, "val_loss": ends[run.arm]}))
+                (folder / "config.json").write_text(json.dumps({"model": {"vocab_size": 512}}))
+                (folder / "data.json").write_text("{}")
+    rows = [row for row in study.summarize(out)["rows"] if row["metric"].startswith("check")]
+    assert {(row["metric"], row["case"], row["arm"]): row["median"] for row in rows} == {
+        ("check_loss", "s1", "full-plain"): 3.75,
+        ("check_loss", "s3", "full-window8"): 3.5,
+        ("check_minus_prenorm", "s1", "full-plain"): -0.25,
+        ("check_minus_prenorm", "s3", "full-window8"): -0.5,
+        ("check_minus_full", "s1", "full-plain"): 0.0,
+        ("check_minus_full", "s3", "full-window8"): -0.25,
+    }
 
 
 ROOT = Path(__file__).parents[2]
@@ -119,16 +153,16 @@ def test_committed_numbers_follow_from_the_committed_runs(study: ModuleType, nam
         )
 
 
-def test_sentences_about_the_tuning_are_its_result(study: ModuleType) -> None:
+def test_sentences_about_the_tuning_are_its_result(stages: ModuleType) -> None:
     results = ROOT / "benchmarks/results/2026-11-22_study"
     rows = json.loads((results / "result.json").read_text())["rows"]
     losses = {row["case"]: row["median"] for row in rows if row["metric"] == "tuning_loss"}
     best = min((case for case in losses if not case.startswith("x")), key=losses.__getitem__)
     assert best == "muon-0.01-0.3-0.016"
     factors = [0.5, 0.71, 1.0, 1.41]
-    parabola = study.best_rate(factors, [losses[f"x{factor:g}"] for factor in factors])
+    parabola = stages.best_rate(factors, [losses[f"x{factor:g}"] for factor in factors])
     text = " ".join((ROOT / "docs/study.md").read_text().split())
-    first = [losses[case] for case in losses if case in study.candidates(study.SCALES["h100"])]
+    first = [losses[case] for case in losses if case in stages.candidates(stages.SCALES["h100"])]
     at_edge = min(first)
     adamw = min(losses[case] for case in losses if case.startswith("adamw"))
     assert f"AdamW's best of twelve settings ends at {adamw:.3f}" in text
@@ -153,6 +187,9 @@ def test_sentences_about_the_gain_are_its_result() -> None:
     gains = {arm: sorted(gap("minus_prenorm", f"s{size}", arm) for size in (1, 2, 3, 4)) for arm in ("block", "full")}
     ends = f"Block AttnRes ends {gains['block'][0]} to {gains['block'][-1]} nats below PreNorm"
     assert f"{ends} and Full AttnRes {gains['full'][0]} to {gains['full'][-1]}" in text
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert ends.replace("AttnRes ends", "ends").replace("nats below", "nats per token below") in readme
+    assert f"and Full {gains['full'][0]} to {gains['full'][-1]}, every 90 % interval" in readme
     assert all(found["minus_prenorm", f"s{size}", arm]["high"] < 0 for size in (1, 2, 3, 4) for arm in gains)
     for arm in gains:
         times = found["compute_multiplier", "L = A C^-a", arm]
