@@ -85,7 +85,8 @@ def headline(runs: list[Run]) -> str:
     if len({measure(run) for _, run in finished}) > 1:
         return "These runs do not share one measure of loss, so none of them is called the best."
     loss, best = min(finished, key=lambda pair: pair[0])
-    text = f"{best.label} has the lowest validation loss, {loss:.4f} nats per token after {best.tokens:,} tokens"
+    first = "has a validation loss of" if len(finished) == 1 else "has the lowest validation loss,"
+    text = f"{best.label} {first} {loss:.4f} nats per token after {best.tokens:,} tokens"
     twin, gap = baseline(best, runs), difference(best, runs)
     if twin is None or gap is None:
         return f"{text}."

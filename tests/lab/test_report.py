@@ -235,6 +235,7 @@ def test_the_baseline_is_prenorm_of_the_same_seed(made: Path) -> None:
     apart = [*pairs[:2], seeded(block, 0, 3.0), seeded(block, 1, 3.5), seeded(block, 5, 9.0)]
     assert headline(apart).endswith("90% interval of the difference -1.0000 to -1.0000.")
     assert headline(runs[:2]) == "prenorm-0 has the lowest validation loss, 4.0000 nats per token after 384 tokens."
+    assert headline(runs[2:3]) == "block-1 has a validation loss of 3.7500 nats per token after 384 tokens."
 
 
 def test_a_run_without_measurements_or_validation_is_still_reported(root: Path, tmp_path: Path) -> None:
