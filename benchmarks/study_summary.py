@@ -2,11 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from study_stages import ARMS
 from summarize import row
 
+from fathom.errors import UserError
 from fathom.lab import ablations, depth_width, figures_sweep, scaling
 from fathom.lab.figures import svg
 from fathom.lab.figures_paper import figure_4
@@ -14,6 +17,7 @@ from fathom.lab.intervals import Difference
 from fathom.lab.outcomes import arms, read_outcomes
 from fathom.lab.plan import PLAN, Outcome
 from fathom.lab.report_sweep import Fit
+from fathom.train.metrics import read_metrics
 
 PAPER = {
     "denseformer": 0.001, "mhc": -0.019, "full": -0.029, "full-input-query": -0.035, "full-static": -0.017,
@@ -47,6 +51,44 @@ def _gains(found: list[Outcome]) -> list[dict[str, Any]]:
     others = [end for end in found if end.planned.arm != "prenorm"]
     full = ablations.table(others, baseline="full") if "full" in arms(others) else []
     return rows + [each for row in full for each in _gap(row.case, row.arm, "minus_full", row.difference)]
+
+
+def _during(results: Path, found: list[Outcome]) -> list[dict[str, Any]]:
+    """By how much each arm differs from PreNorm at a quarter, half and three quarters of its steps."""
+    rows = []
+    for share, eighths in (("1/4", 2), ("1/2", 4), ("3/4", 6)):
+        at = [
+            replace(
+                end, val_loss=_lines(results, end, "val").get(eighths * end.planned.config.eval_every, {}).get("loss")
+            )
+            for end in found
+        ]
+        for each in ablations.table(at):
+            if each.arm in ARMS:
+                rows += _gap(f"{each.case} at {share}", each.arm, "minus_prenorm_during", each.difference)
+            else:
+                rows += _gap(f"{each.arm} at {share}", "here", "row_minus_prenorm_during", each.difference)
+    return sorted(rows, key=lambda row: row["case"].split()[0])
+
+
+def _clipped(results: Path, found: list[Outcome]) -> list[dict[str, Any]]:
+    """The share of logged steps after warm-up whose gradients were clipped, seed by seed."""
+    shares: dict[tuple[str, str], list[float]] = {}
+    for end in found:
+        optim, planned = end.planned.config.optim, end.planned
+        norms = [line["grad_norm"] for step, line in _lines(results, end, "train").items() if step > optim.warmup]
+        if norms:
+            case = (planned.case, planned.arm) if planned.arm in ARMS else (planned.arm, "here")
+            shares.setdefault(case, []).append(sum(norm > optim.clip for norm in norms) / len(norms))
+    return [row(*case, "clipped", "of steps", values) for case, values in shares.items()]
+
+
+def _lines(results: Path, end: Outcome, kind: str) -> dict[int, dict[str, Any]]:
+    """The lines of one kind that a finished run of ``sizes`` or ``rows`` wrote, by step."""
+    if end.val_loss is None:
+        return {}
+    run = next(each for stage in ("sizes", "rows") if (each := results / stage / "runs" / end.planned.name).is_dir())
+    return {line["step"]: line for line in read_metrics(run) if line["kind"] == kind}
 
 
 def _ablations(table: list[ablations.Row]) -> list[dict[str, Any]]:
@@ -101,6 +143,7 @@ def _laws(found: list[Outcome]) -> tuple[list[dict[str, Any]], Fit | None]:
             continue
         fits[irreducible] = scaling.fit_arms(points, baseline="prenorm", budget=budget, irreducible=irreducible)
         for arm, fitted in fits[irreducible].items():
+            rows.append(row(f"L = {form}", arm, "largest_residual", UNIT, [max(map(abs, fitted.residuals))]))
             for metric, found_estimate in (("exponent", fitted.exponent), ("compute_multiplier", fitted.multiplier)):
                 if found_estimate is not None and all(map(_finite, (*found_estimate.interval, found_estimate.value))):
                     low, high = found_estimate.interval
@@ -125,6 +168,8 @@ def _stage(results: Path, name: str) -> list[Outcome]:
 
 def summarize(results: Path) -> dict[str, Any]:
     """Write and return the result of the files in ``results``; a stage that is not there, or has no baseline, is left out."""
+    if not (results / "study.json").is_file():
+        raise UserError(f"{results} holds no study; make one with `python benchmarks/study.py collect OUT {results}`")
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -139,11 +184,13 @@ def summarize(results: Path) -> dict[str, Any]:
     with_baseline = "prenorm" in arms(found)
     if with_baseline:
         laws, law = _laws(found)
-        rows += [*_gains(found), *laws]
+        rows += [*_gains(found), *laws, *_during(results, found), *_clipped(results, found)]
         if law is not None:
             figures["scaling"] = figure_4(law)
     twins = [end for end in found if end.planned.case == "s1" and end.planned.arm != "block"]
     if (found := _stage(results, "rows")) and with_baseline:
+        base = [end for end in twins if end.planned.arm == "prenorm"]
+        rows += [*_during(results, found + base), *_clipped(results, found)]
         found += twins
         table = ablations.table(found)
         rows += [*_ablations(table), *_changes(found)]

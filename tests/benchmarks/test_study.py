@@ -124,7 +124,27 @@ def test_a_stage_waits_for_the_rates_and_time_is_added_up(
                 (folder / "summary.json").write_text(json.dumps({"steps": run.config.steps, "val_loss": ends[run.arm]}))
                 (folder / "config.json").write_text(json.dumps({"model": {"vocab_size": 512}}))
                 (folder / "data.json").write_text("{}")
-    rows = [row for row in study.summarize(out)["rows"] if row["metric"].startswith("check")]
+                on_the_way = [
+                    {"kind": "val", "step": step, "loss": 1 + step * ends[run.arm]}
+                    for step in range(1, run.config.steps)
+                ]
+                steps = [
+                    {"kind": "train", "step": step, "grad_norm": norm} for step, norm in ((1, 9.0), (2, 0.5), (3, 2.0))
+                ]
+                lines = [json.dumps({"tokens": 0, "step_seconds": 1, "tokens_per_second": 1, "loss": 1} | line) + "\n"
+                         for line in (*on_the_way, *steps)]  # fmt: skip
+                (folder / "metrics.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match="holds no study"):
+        study.summarize(tmp_path / "nothing")
+    summary = study.summarize(out)["rows"]
+    during = {(row["case"], row["arm"]): row["median"] for row in summary if row["metric"] == "minus_prenorm_during"}
+    assert during == {
+        (f"s{size} at {share}", arm): step * (ends[arm] - ends["prenorm"])
+        for size, every, steps in ((1, 1, 6), (2, 1, 8), (3, 2, 16)) for arm in ("block", "full")
+        for share, step in (("1/4", 2 * every), ("1/2", 4 * every), ("3/4", 6 * every)) if step < steps
+    }  # fmt: skip
+    assert {row["median"] for row in summary if row["metric"] == "clipped"} == {0.5}, "of the steps after the first"
+    rows = [row for row in summary if row["metric"].startswith("check")]
     assert {(row["metric"], row["case"], row["arm"]): row["median"] for row in rows} == {
         ("check_loss", "s1", "full-plain"): 3.75,
         ("check_loss", "s3", "full-window8"): 3.5,
