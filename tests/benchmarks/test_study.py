@@ -215,6 +215,28 @@ def test_sentences_about_the_gain_are_its_result() -> None:
         times = found["compute_multiplier", "L = A C^-a", arm]
         said = rf"×{times['median']:.2f} (compute )?for {arm.title()} \((90 % interval )?"
         assert re.search(rf"{said}{times['low']:.2f} to {times['high']:.2f}\)", text)
+    late = {
+        at: sorted(gap("minus_prenorm_during", f"s{size} at {at}", arm) for size in (2, 3, 4) for arm in gains)
+        for at in ("1/2", "3/4")
+    }
+    half, later, end = *late.values(), sorted(each for arm in gains.values() for each in arm)
+    assert text.count(f"{half[0]} to {half[-1]} nats half-way") == 2
+    assert f"{later[0]} to {later[-1]} at three quarters and {end[0]} to {end[-1]} at the end" in text
+    clipped = {
+        case: found["clipped", *case] for metric, *case in found if metric == "clipped" for case in [tuple(case)]
+    }
+    assert all(row["high"] == 0 for (_, arm), row in clipped.items() if arm == "prenorm")
+    of_arms = max(row["high"] for (_, arm), row in clipped.items() if arm in gains)
+    assert f"at most {100 * of_arms:.1f} % of any run of Block or Full" in text
+    often = {case: row["median"] for (case, arm), row in clipped.items() if arm == "here" and row["high"]}
+    assert set(often) == {"full-input-query", "full-no-key-norm", "block-s4-no-key-norm"}
+    assert (
+        f"{100 * often['full-no-key-norm']:.0f} % and {100 * often['block-s4-no-key-norm']:.0f} % of the steps" in text
+    )
+    miss = found["largest_residual", "L = A C^-a", "prenorm"]["median"]
+    assert f"misses PreNorm's by up to {miss:.3f} nats" in text
+    window = gap("row_minus_prenorm_during", "full-window8 at 1/2"), gap("row_minus_prenorm", "full-window8")
+    assert f"half-way it is {window[0]} nats below PreNorm, at the end {window[1]}" in text
     for case in ("s1", "s4"):
         assert found["minus_full", case, "block"]["low"] > 0
     assert (
