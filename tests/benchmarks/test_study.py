@@ -191,6 +191,8 @@ def test_sentences_about_the_tuning_are_its_result(stages: ModuleType) -> None:
         assert f" {losses[case]:.3f}" in text, case
     assert f"end at {losses['x0.5']:.3f}, {losses['x0.71']:.3f}, {losses['x1']:.3f} and {losses['x1.41']:.3f}" in text
     assert f"parabola is {parabola:.2f}" in text
+    cost = {case: loss - losses["x1"] for case, loss in losses.items() if case.startswith("x")}
+    assert f"cost it at most {max(cost['x0.71'], cost['x1.41']):.3f} nats, half of them {cost['x0.5']:.3f}" in text
 
 
 def test_sentences_about_the_gain_are_its_result() -> None:
