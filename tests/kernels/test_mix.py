@@ -175,9 +175,9 @@ LAYOUTS = {
 def test_layouts_change_nothing(layouts: tuple[str, str], device: str):
     """The first source has the one, the others have the other: outputs and gradients are those of [tokens, D], bit for bit
     in the interpreter; on a GPU strides decide how wide loads are and with them the order of sums: as good as the plain path."""
-    rows = [torch.randn(6, 24).to(device) for _ in range(4)]
+    draws = [[torch.randn(6, 24).to(device) for _ in range(4)] for _ in range(DRAWS[torch.float32])]
     queries, weight = torch.randn(3, 24).to(device), torch.rand(24).to(device)
-    shaped = [LAYOUTS[layouts[index > 0]](each) for index, each in enumerate(rows)]
+    shaped = [[LAYOUTS[layouts[index > 0]](each) for index, each in enumerate(rows)] for rows in draws]
 
     def everything(leaves):
         *sources, output = leaves
@@ -192,9 +192,9 @@ def test_layouts_change_nothing(layouts: tuple[str, str], device: str):
         return [x, *reads, *lse, *unscored, *their_lse]
 
     if device == "cpu":
-        for a, b in zip(run(everything, rows, "triton"), run(everything, shaped, "triton"), strict=True):
+        for a, b in zip(run(everything, draws[0], "triton"), run(everything, shaped[0], "triton"), strict=True):
             assert torch.equal(a.flatten(), b.flatten())
-    assert_as_good_as_plain(everything, shaped)
+    assert_as_good_as_plain(everything, *shaped)
 
 
 def test_repeats_have_the_same_bits(device: str):
