@@ -40,7 +40,7 @@ import peers
 import torch
 from arms import OWN, Unavailable
 from gate import PEER_SLACK, SLACK, Wrong, truths
-from steps import Measured, Stepper, capture, first_call, prepare, profile, turn
+from steps import Measured, Stepper, ahead, capture, first_call, prepare, profile, turn
 from summarize import row
 from timing import Clock, command
 from workloads import CASES, Case, make_workload
@@ -118,9 +118,10 @@ def run_case(case: Case, options: argparse.Namespace, device: torch.device, dead
                 attempt(name, partial(profile, steppers[name], found[name]))
             if options.graph and name in steppers:
                 add_graph(name)
+    wait = ahead(found[name] for name in steppers)
     for _ in range(options.rounds):
         for name in list(steppers):
-            attempt(name, partial(turn, steppers[name], clock, found[name], options.steps, graphs.get(name)))
+            attempt(name, partial(turn, steppers[name], clock, found[name], options.steps, graphs.get(name), wait))
     return {
         "case": asdict(case),
         "description": case.description,

@@ -1,6 +1,7 @@
 """One arm's training step, and what is measured of it; residual_path.py says in which order."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,14 +112,23 @@ def profile(stepper: Stepper, measured: Measured) -> None:
     measured.kernels = sorted(rows, key=lambda row: -row[2])
 
 
-def turn(stepper: Stepper, clock: Clock, measured: Measured, steps: int, graph: torch.cuda.CUDAGraph | None) -> None:
-    """One arm's turn of a round: an untimed step, then ``steps`` timed on the GPU and one by the wall."""
+def ahead(arms: Iterable[Measured]) -> float:
+    """How long the GPU waits before each timed step, in milliseconds: as the slowest to launch needs, for every arm alike.
+
+    A GPU that has rested longer may run faster for a while; none of them shall gain by it.
+    """
+    return min(1.2 * max((each.launch_ms for each in arms), default=0.0) + 1, MAX_AHEAD_MS)
+
+
+def turn(
+    stepper: Stepper, clock: Clock, measured: Measured, steps: int, graph: torch.cuda.CUDAGraph | None, ahead_ms: float
+) -> None:
+    """One arm's turn of a round: an untimed step, then ``steps`` timed on the GPU after ``ahead_ms`` and one by the wall."""
     stepper.step()
-    ahead = min(1.2 * measured.launch_ms + 1, MAX_AHEAD_MS)
     pairs = []
     for _ in range(steps):
         stepper.clear()
-        pairs.append(clock.parts((stepper.forward, stepper.backward), ahead))
+        pairs.append(clock.parts((stepper.forward, stepper.backward), ahead_ms))
     measured.forward_ms.append([pair[0] for pair in pairs])
     measured.forward_backward_ms.append([pair[1] for pair in pairs])
     stepper.clear()
@@ -126,4 +136,4 @@ def turn(stepper: Stepper, clock: Clock, measured: Measured, steps: int, graph: 
     stepper.clear()
     if graph is not None:
         graph.replay()
-        measured.graph_ms.append([clock.parts((graph.replay,), 1.0)[0] for _ in range(steps)])
+        measured.graph_ms.append([clock.parts((graph.replay,), ahead_ms)[0] for _ in range(steps)])

@@ -208,3 +208,11 @@ def test_the_stack_moves_the_passes_that_the_page_counts() -> None:
             out.backward(torch.ones_like(out))
     page = (BENCHMARKS.parent / "docs/kernels.md").read_text()
     assert f"that is {forward.count} passes forward" in page and f"and {backward.count} backward" in page
+
+
+def test_every_arm_waits_for_the_slowest_launches(benchmarks) -> None:
+    steps = benchmarks.steps
+    quick, slow = (steps.Measured({}, 0.0, launch_ms=milliseconds) for milliseconds in (10.0, 50.0))
+    assert steps.ahead([quick, slow]) == 61
+    assert steps.ahead([quick]) == 13 and steps.ahead([]) == 1
+    assert steps.ahead([steps.Measured({}, 0.0, launch_ms=1e3)]) == steps.MAX_AHEAD_MS
