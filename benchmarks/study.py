@@ -183,13 +183,14 @@ def collect(out: Path, results: Path) -> None:
 
 
 def thinned(metrics: str, most: int = 100) -> str:
-    """Every validation, and at most so many of the training lines, evenly."""
+    """Every validation, and at most so many of the training lines, evenly, and the last: it says how far the run came."""
     lines = [(json.loads(line)["kind"] == "train", line) for line in metrics.splitlines()]
-    every = math.ceil(sum(train for train, _ in lines) / most) or 1
+    count = sum(train for train, _ in lines)
+    every = math.ceil(count / most) or 1
     kept, seen = [], 0
     for train, line in lines:
         seen += train
-        if not train or seen % every == 1 % every:
+        if not train or seen % every == 1 % every or seen == count:
             kept.append(line)
     return "\n".join(kept) + "\n"
 

@@ -46,12 +46,12 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimizer steps done, which may be fewer than were asked for."""
-        return int(self.train[-1]["step"])
+        return int(max(row["step"] for row in (self.train[-1], *self.val[-1:])))
 
     @property
     def tokens(self) -> int:
         """Training tokens seen."""
-        return int(self.train[-1]["tokens"])
+        return int(max(row.get("tokens", 0) for row in (self.train[-1], *self.val[-1:])))
 
     @property
     def val_loss(self) -> float | None:
@@ -67,8 +67,15 @@ class Run:
         return statistics.median(row["tokens_per_second"] for row in self.train)
 
     def seconds(self) -> dict[int, float]:
-        """Seconds of training from the start to the end of each logged step, without validation and checkpoints."""
-        total = itertools.accumulate(row["step_seconds"] for row in self.train)
+        """Seconds of training from the start to the end of each logged step, without validation and checkpoints.
+
+        A line stands for the steps since the one before, where a run's lines were thinned.
+        """
+        steps = [0, *(row["step"] for row in self.train)]
+        total = itertools.accumulate(
+            row["step_seconds"] * (step - before)
+            for row, (before, step) in zip(self.train, itertools.pairwise(steps), strict=True)
+        )
         return {0: 0.0} | {row["step"]: seconds for row, seconds in zip(self.train, total, strict=True)}
 
 

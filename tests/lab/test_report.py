@@ -238,6 +238,14 @@ def test_the_baseline_is_prenorm_of_the_same_seed(made: Path) -> None:
     assert headline(runs[2:3]) == "block-1 has a validation loss of 3.7500 nats per token after 384 tokens."
 
 
+def test_a_run_of_which_some_lines_were_kept_has_its_steps_and_times(made: Path) -> None:
+    run = read_runs(folders(made))[0]
+    thin = replace(run, train=run.train[::2])  # without the last step's
+    assert (thin.steps, thin.tokens, thin.val_loss) == (run.steps, run.tokens, run.val_loss)
+    kept = [row["step_seconds"] for row in thin.train]
+    assert thin.seconds() == pytest.approx({0: 0, 1: kept[0], 3: kept[0] + 2 * kept[1], 5: kept[0] + 2 * sum(kept[1:])})
+
+
 def test_a_run_without_measurements_or_validation_is_still_reported(root: Path, tmp_path: Path) -> None:
     for file in ("depth.json", "reads.json"):
         (root / "block" / file).unlink()

@@ -71,6 +71,7 @@ def test_it_samples_reports_and_exports_by_its_name(
     assert "goes without" not in capsys.readouterr().err
     assert "reads.json" not in {path.name for path in tmp_path.iterdir()}
     assert (tmp_path / "report.html").stat().st_size > 100_000
+    assert f"{name} has a validation loss of" in (tmp_path / "report.html").read_text()
     assert main(["export", name, "model"]) == 0
     assert f"# {name}\n" in (tmp_path / "model" / "README.md").read_text()
 
