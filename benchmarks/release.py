@@ -61,6 +61,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
+    if not checkpoints(options.run):
+        parser.error(f"{options.run} is no run folder with a checkpoint")
+    if options.out.exists():
+        parser.error(f"{options.out} exists")
     target = release(options.run, options.out)
     print(json.dumps({path.name: path.stat().st_size for path in sorted(target.iterdir())}))
 

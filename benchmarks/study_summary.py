@@ -119,14 +119,12 @@ def _changes(found: list[Outcome]) -> list[dict[str, Any]]:
 def _checks(found: list[Outcome]) -> list[dict[str, Any]]:
     """What the rows left in doubt, each at its size, beside that size's PreNorm and Full."""
     rows = []
-    for baseline, name in (("prenorm", "check_minus_prenorm"), ("full", "check_minus_full")):
-        if baseline in arms(found):
-            for each in ablations.table(found, baseline=baseline):
-                if each.arm not in ("prenorm", "full"):
-                    rows += _losses(each.case, each.arm, "check_loss", list(each.losses.values())) * (
-                        baseline == "prenorm"
-                    )
-                    rows += _gap(each.case, each.arm, name, each.difference)
+    for baseline in ("prenorm", "full"):
+        table = ablations.table(found, baseline=baseline) if baseline in arms(found) else []
+        for each in (each for each in table if each.arm not in ARMS):
+            if baseline == "prenorm":
+                rows += _losses(each.case, each.arm, "check_loss", list(each.losses.values()))
+            rows += _gap(each.case, each.arm, f"check_minus_{baseline}", each.difference)
     return rows
 
 
@@ -180,7 +178,7 @@ def summarize(results: Path) -> dict[str, Any]:
                 cases.setdefault(end.planned.case, []).append(end.val_loss)
         for case, losses in cases.items():
             rows += _losses(case, "prenorm", "tuning_loss", losses)
-    found = _stage(results, "sizes")
+    found = sizes = _stage(results, "sizes")
     with_baseline = "prenorm" in arms(found)
     if with_baseline:
         laws, law = _laws(found)
@@ -199,8 +197,7 @@ def summarize(results: Path) -> dict[str, Any]:
             figures["rows"] = figures_sweep.difference_figure(table, "prenorm", 0.9)
     if (found := _stage(results, "checks")) and with_baseline:
         checked = {end.planned.case for end in found}
-        twins = [end for end in _stage(results, "sizes") if end.planned.case in checked and end.planned.arm != "block"]
-        rows += _checks(found + twins)
+        rows += _checks(found + [end for end in sizes if end.planned.case in checked])
     if found := _stage(results, "shapes"):
         maps = depth_width.maps(found)
         losses = [loss for each in maps for line in each.losses for loss in line if loss is not None]

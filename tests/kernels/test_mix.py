@@ -168,13 +168,13 @@ LAYOUTS = {
     "batches": lambda rows: rows.view(2, 3, 24),
     "a dim of one with a stride of its own": lambda rows: rows.view(1, 6, 24).transpose(0, 1),
     "columns of a wider tensor": lambda rows: torch.cat([rows, rows], 1)[:, :24].view(2, 3, 24),
+    "columns of a still wider one": lambda rows: torch.cat([rows, rows, rows], 1)[:, :24].view(2, 3, 24),
 }
 
 
 @pytest.mark.parametrize("layouts", [*((name, name) for name in LAYOUTS), ("columns of a wider tensor", "batches")])
 def test_layouts_change_nothing(layouts: tuple[str, str], device: str):
-    """The first source has the one, the others have the other: outputs and gradients are those of [tokens, D], bit for bit
-    in the interpreter; on a GPU strides decide how wide loads are and with them the order of sums: as good as the plain path."""
+    """The first source has the one, the others have the other: outputs and gradients are those of [tokens, D]."""
     draws = [[torch.randn(6, 24).to(device) for _ in range(4)] for _ in range(DRAWS[torch.float32])]
     queries, weight = torch.randn(3, 24).to(device), torch.rand(24).to(device)
     shaped = [[LAYOUTS[layouts[index > 0]](each) for index, each in enumerate(rows)] for rows in draws]
@@ -191,7 +191,8 @@ def test_layouts_change_nothing(layouts: tuple[str, str], device: str):
         assert all(each.shape == (3, *sources[0].shape[:-1]) for each in (*scores, own))
         return [x, *reads, *lse, *unscored, *their_lse]
 
-    if device == "cpu":
+    # Rows that are all a multiple of 16 elements apart are loaded in wider pieces on a GPU, which adds them up in another order.
+    if device == "cpu" or layouts != ("columns of a wider tensor",) * 2:
         for a, b in zip(run(everything, draws[0], "triton"), run(everything, shaped[0], "triton"), strict=True):
             assert torch.equal(a.flatten(), b.flatten())
     assert_as_good_as_plain(everything, *shaped)
