@@ -53,8 +53,8 @@ def _gains(found: list[Outcome]) -> list[dict[str, Any]]:
     return rows + [each for row in full for each in _gap(row.case, row.arm, "minus_full", row.difference)]
 
 
-def _during(results: Path, found: list[Outcome]) -> list[dict[str, Any]]:
-    """By how much each arm differs from PreNorm at a quarter, half and three quarters of its steps."""
+def _during(results: Path, found: list[Outcome], of_checks: bool = False) -> list[dict[str, Any]]:
+    """By how much each arm, or each check, differs from PreNorm at a quarter, half and three quarters of its steps."""
     rows = []
     for share, eighths in (("1/4", 2), ("1/2", 4), ("3/4", 6)):
         at = [
@@ -64,7 +64,9 @@ def _during(results: Path, found: list[Outcome]) -> list[dict[str, Any]]:
             for end in found
         ]
         for each in ablations.table(at):
-            if each.arm in ARMS:
+            if of_checks:
+                rows += _gap(f"{each.case} at {share}", each.arm, "check_minus_prenorm_during", each.difference)
+            elif each.arm in ARMS:
                 rows += _gap(f"{each.case} at {share}", each.arm, "minus_prenorm_during", each.difference)
             else:
                 rows += _gap(f"{each.arm} at {share}", "here", "row_minus_prenorm_during", each.difference)
@@ -84,10 +86,12 @@ def _clipped(results: Path, found: list[Outcome]) -> list[dict[str, Any]]:
 
 
 def _lines(results: Path, end: Outcome, kind: str) -> dict[int, dict[str, Any]]:
-    """The lines of one kind that a finished run of ``sizes`` or ``rows`` wrote, by step."""
+    """The lines of one kind that a finished run of ``sizes``, ``rows`` or ``checks`` wrote, by step."""
     if end.val_loss is None:
         return {}
-    run = next(each for stage in ("sizes", "rows") if (each := results / stage / "runs" / end.planned.name).is_dir())
+    run = next(
+        each for stage in ("sizes", "rows", "checks") if (each := results / stage / "runs" / end.planned.name).is_dir()
+    )
     return {line["step"]: line for line in read_metrics(run) if line["kind"] == kind}
 
 
@@ -197,13 +201,19 @@ def summarize(results: Path) -> dict[str, Any]:
             figures["rows"] = figures_sweep.difference_figure(table, "prenorm", 0.9)
     if (found := _stage(results, "checks")) and with_baseline:
         checked = {end.planned.case for end in found}
-        rows += _checks(found + [end for end in sizes if end.planned.case in checked])
+        at_their_sizes = [end for end in sizes if end.planned.case in checked]
+        rows += _checks(found + at_their_sizes)
+        rows += _during(
+            results, found + [end for end in at_their_sizes if end.planned.arm == "prenorm"], of_checks=True
+        )
     if found := _stage(results, "shapes"):
         maps = depth_width.maps(found)
         losses = [loss for each in maps for line in each.losses for loss in line if loss is not None]
         for end in found:
             if end.val_loss is not None:
                 rows += _losses(end.planned.case, end.planned.arm, "shape_loss", [end.val_loss])
+        for gain in ablations.table(found) if "prenorm" in arms(found) else []:
+            rows += _gap(gain.case, gain.arm, "shape_minus_prenorm", gain.difference)
         for each in maps:
             figures[f"shapes-{each.arm}"] = figures_sweep.heat_map(each, min(losses), max(losses))
     lines = (results / "spent.jsonl").read_text().splitlines() if (results / "spent.jsonl").is_file() else []

@@ -144,7 +144,15 @@ def test_a_stage_waits_for_the_rates_and_time_is_added_up(
         for share, step in (("1/4", 2 * every), ("1/2", 4 * every), ("3/4", 6 * every)) if step < steps
     }  # fmt: skip
     assert {row["median"] for row in summary if row["metric"] == "clipped"} == {0.5}, "of the steps after the first"
-    rows = [row for row in summary if row["metric"].startswith("check")]
+    early = {
+        (row["case"], row["arm"]): row["median"] for row in summary if row["metric"] == "check_minus_prenorm_during"
+    }
+    assert early == {
+        (f"{case} at {share}", arm): step * (ends[arm] - ends["prenorm"])
+        for case, arm, steps in (("s1", "full-plain", (2, 4)), ("s3", "full-window8", (4, 8, 12)))
+        for share, step in zip(("1/4", "1/2", "3/4"), steps, strict=False)
+    }
+    rows = [row for row in summary if row["metric"].startswith("check_") and "during" not in row["metric"]]
     assert {(row["metric"], row["case"], row["arm"]): row["median"] for row in rows} == {
         ("check_loss", "s1", "full-plain"): 3.75,
         ("check_loss", "s3", "full-window8"): 3.5,
@@ -264,3 +272,41 @@ def test_sentences_about_the_gain_are_its_result() -> None:
     ]
     lost = sum(line["seconds"] for line in spent if "lost" in line)
     assert f"{sum(line['seconds'] for line in spent):,.0f} are spent, of which {lost:,.0f}" in text
+
+
+def test_sentences_about_checks_and_shapes_are_their_result() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/2026-11-22_study/result.json").read_text())["rows"]
+    found = {(row["metric"], row["case"], row["arm"]): row for row in rows}
+    text = " ".join((ROOT / "docs/study.md").read_text().split())
+
+    def values(metric: str, case: str, arm: str) -> list[float]:
+        return [found[metric, case, arm][end] for end in ("median", "low", "high")]
+
+    window = [values(f"check_minus_prenorm{at}", f"s3{share}", "full-window8")
+              for at, share in (("_during", " at 1/4"), ("_during", " at 1/2"), ("_during", " at 3/4"), ("", ""))]  # fmt: skip
+    assert (
+        f"it is {-window[0][0]:.3f} nats below PreNorm after a quarter of the run, {-window[1][0]:.3f} half-way" in text
+    )
+    assert window[2][1] < 0 < window[2][2], "level at three quarters"
+    end, low, high = window[3]
+    assert f"{end:.3f} above it at the end ({-low:.3f} below to {high:.3f} above)" in text
+    assert f"is {-window[0][0]:.3f} nats ahead of PreNorm early in training and {end:.3f} behind it at the end" in text
+    above_full = "{:.3f} above Full ({:.3f} to {:.3f})".format(*values("check_minus_full", "s3", "full-window8"))
+    assert above_full in text
+    queries = values("check_minus_prenorm", "s1", "full-input-query")
+    assert f"{-queries[0]:.3f} nats below PreNorm ({-queries[2]:.3f} to {-queries[1]:.3f})" in text
+    above_full = "{:.3f} above Full ({:.3f} to {:.3f})".format(*values("check_minus_full", "s1", "full-input-query"))
+    assert above_full in text
+    plain = "ends {:.3f} nats from Full by kernels ({:.3f} to {:.3f})".format(
+        *values("check_minus_full", "s1", "full-plain")
+    )
+    assert plain in text
+    gains = sorted(-row["median"] for row in rows if row["metric"] == "shape_minus_prenorm")
+    assert len(gains) == 9 and f"at all nine, by {gains[0]:.3f} to {gains[-1]:.3f} nats" in text
+    losses = {arm: {row["case"]: row["median"] for row in rows if row["metric"] == "shape_loss" and row["arm"] == arm}
+              for arm in ("prenorm", "block")}  # fmt: skip
+    assert {min(of_arm, key=of_arm.__getitem__) for of_arm in losses.values()} == {"w24-h0.3"}
+    deeper = {arm: of_arm["w16-h0.3"] - of_arm["w24-h0.3"] for arm, of_arm in losses.items()}
+    assert f"costs PreNorm {deeper['prenorm']:.3f} nats and Block {deeper['block']:.3f}" in text
+    seeds = found["val_loss", "s1", "prenorm"]
+    assert f"nearly this shape lie {seeds['high'] - seeds['low']:.3f} apart" in text
