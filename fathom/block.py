@@ -44,13 +44,13 @@ def block_starts(num_sublayers: int, *, num_blocks: int | None = None, block_siz
 
 
 class Ahead(NamedTuple):
-    """Of the reads after the current block, the output's included: what is known before they happen."""
+    """Of the reads after the current block's, the output's included: what is known before they happen."""
 
     queries: Tensor
     """Key gain folded in, [K, D]."""
     scores: tuple[tuple[Tensor, ...], ...]
-    """Of each source of the bank, its scores for them, cut into those of each block and of the output, [S, ...] each: once for
-    all, as the backward pass puts together again what was cut."""
+    """Of each source of the bank, its scores for them, cut into those of each block, [S, ...] each: once for all, as the backward
+    pass puts together again what was cut."""
 
 
 class BlockState(NamedTuple):
@@ -120,6 +120,13 @@ class BlockAttnRes(Stream):
         following = self.block_of_site[site] + 1
         return self.starts[following] if following < len(self.starts) else self.num_sublayers
 
+    def _num_reads(self, first: int, end: int) -> int:
+        """Reads of phase 1 in the block of the sites from ``first`` to ``end``: with the last block's goes the output's.
+
+        The output attends over the bank of the last block and that block's sum, just as a further read inside it would.
+        """
+        return end - max(first, 0) + (len(self.query) - self.num_sublayers if end == self.num_sublayers else 0)
+
     def _gain(self, site: int) -> Tensor | None:
         return None if self.key_gain is None else self.key_gain[site]
 
@@ -147,9 +154,7 @@ class BlockAttnRes(Stream):
 
     def _cut(self, scores: Tensor, block: int) -> tuple[Tensor, ...]:
         """Scores [K, ...] for the reads from ``block`` on, as ``Ahead`` has them."""
-        sizes = [end - max(first, 0) for first, end in self._ranges()[block:]]
-        rest = len(scores) - sum(sizes)
-        return scores.split([*sizes, rest] if rest else sizes)
+        return scores.split([self._num_reads(*block) for block in self._ranges()[block:]])
 
     def _phase_1(self, state: BlockState, num_reads: int, norm_weight: Tensor | None, norm_eps: float) -> BlockState:
         """The next ``num_reads`` reads over the bank, the first of them normalised if there is a ``norm_weight``."""
@@ -173,16 +178,20 @@ class BlockAttnRes(Stream):
         weight, norm_eps = norm_parts(norm)
         first = self.starts[self.block_of_site[site]]
         if site == first:
-            state = self._phase_1(state, self._end(site) - first, weight, norm_eps)
+            state = self._phase_1(state, self._num_reads(first, self._end(site)), weight, norm_eps)
             total, x = None, state.out[0]
         else:
-            assert state.pending is not None
-            with self._keep(state):
-                total, x = update_read(
-                    state.partial, state.pending, state.out[0], state.lse[0], state.queries[0], None, weight,
-                    eps=self.eps, norm_eps=norm_eps,
-                )  # fmt: skip
+            total, x = self._update(state, weight, norm_eps)
         return x if weight is not None else norm(x), self._after_read(state, total)
+
+    def _update(self, state: BlockState, norm_weight: Tensor | None, norm_eps: float) -> tuple[Tensor, Tensor]:
+        """The partial sum with the latest output, and the next read of phase 1 merged with it."""
+        assert state.pending is not None
+        with self._keep(state):
+            return update_read(
+                state.partial, state.pending, state.out[0], state.lse[0], state.queries[0], None, norm_weight,
+                eps=self.eps, norm_eps=norm_eps,
+            )  # fmt: skip
 
     def write(self, state: BlockState, site: int, output: Tensor) -> BlockState:
         state = state._replace(pending=output)
@@ -191,7 +200,7 @@ class BlockAttnRes(Stream):
             if last:
                 return BlockState(self._sources(state), None, None)
             return state._replace(partial=self._total(state), pending=None)
-        if not last:
+        if not last or len(state.queries) == 1:  # the output's read merges with the last block's sum
             return state
         ahead = state.ahead
         assert ahead is not None
@@ -230,7 +239,7 @@ class BlockAttnRes(Stream):
         if self.schedule == "single_pass":
             return self._read_all(state, self.num_sublayers, norm)
         weight, norm_eps = norm_parts(norm)
-        x = self._phase_1(state, 1, weight, norm_eps).out[0]
+        _, x = self._update(state, weight, norm_eps)
         return x if weight is not None else norm(x)
 
     def running_sum(self, state: BlockState) -> Tensor:

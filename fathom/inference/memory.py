@@ -5,7 +5,8 @@
     KDA state   of Kimi Linear: a float32 matrix for each head and slot, and the convolutions' latest inputs
     bank        N (T/P) D: N sources of the T tokens of one pass, cut over P ranks (arXiv 2603.15031, section 4.2);
                 for a rule without depth attention, what its state carries
-    reads       what phase 1 of a block keeps for its later reads, (S - 1) (T/P) D, with a float32 denominator each
+    reads       what phase 1 of a block keeps for its later reads, (S - 1) (T/P) D, with a float32 denominator each;
+                the last block's has one more, the output's
 
 T is the most tokens of one pass: slots times the chunk. Activations inside a sublayer, and logits, come on top.
 """
@@ -102,7 +103,8 @@ def _kept_reads(config: ModelConfig, device: torch.device | str, dtype: torch.dt
         return 0 if backend_for(device, dtype) == "triton" else default_chunk(length)
     blocks = residual.num_blocks or min(RECOMMENDED_BLOCKS, length)
     given: dict[str, Any] = {"block_size": residual.block_size} if residual.block_size else {"num_blocks": blocks}
-    return max(last - first for first, last in pairwise([*block_starts(length, **given), length])) - 1
+    sizes = [last - first for first, last in pairwise([*block_starts(length, **given), length])]
+    return max(max(sizes) - 1, sizes[-1])
 
 
 def _share(count: int, rank: int, ranks: int) -> int:
@@ -158,6 +160,8 @@ def _sources(state: Any) -> Any:
     """What a state carries of depth: the bank or the sources, or all of it where a rule has none."""
     if isinstance(state, PendingState):
         return state.hidden
-    if isinstance(state, BlockState) and state.ahead is not None and state.pending is not None and not state.out:
-        return (*state.bank, state.pending)  # a block that has ended, and joins the bank with the next read
+    if isinstance(state, BlockState) and state.ahead is not None and state.pending is not None:
+        of_output = len(state.ahead.queries) == 0
+        if len(state.out) == of_output:  # a block that has ended: it joins the bank, or is read beside it by the output
+            return (*state.bank, state.pending)
     return getattr(state, "bank", getattr(state, "sources", state))

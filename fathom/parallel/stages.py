@@ -73,7 +73,7 @@ class StageBlocks(BlockAttnRes):
         if self.schedule == "single_pass" or partial is None:
             return state._replace(partial=partial)
         # The stage's first read is inside a block: it merges with the partial sum, as all but a block's first do.
-        return self._phase_1(state, self._ranges()[0][1], None, self.eps)._replace(pending=partial)
+        return self._phase_1(state, self._num_reads(*self._ranges()[0]), None, self.eps)._replace(pending=partial)
 
 
 def _stage_stream(stream: nn.Module, plan: Plan, stage: int, *, single_pass: bool) -> PreNorm | StageBlocks:

@@ -175,14 +175,14 @@ def test_a_stage_scores_its_bank_at_once(inside: bool, device: str, monkeypatch:
     dtype = torch.float64 if device == "cpu" else torch.float32
     whole = BlockAttnRes(9, 24, num_blocks=3).to(device, dtype)
     torch.nn.init.normal_(whole.query, std=0.3, generator=torch.Generator(device).manual_seed(2))
-    tensors = [torch.randn(2, 5, 24).to(device, dtype) for _ in range(4)]
+    tensors = [torch.randn(2, 5, 24).to(device, dtype) for _ in range(3)]
     away = torch.autograd.graph.saved_tensors_hooks(lambda t: (t.device, t.cpu().clone()), lambda p: p[1].to(p[0]))
     found = []
     for backend in ("triton", "reference"):
-        stage = StageBlocks(whole, tuple(whole.starts), range(6 + inside, 9), is_last=True)
+        stage = StageBlocks(whole, tuple(whole.starts), range(3 + inside, 9), is_last=True)
         leaves = [t.clone().requires_grad_() for t in tensors]
         with use_backend(backend), away:  # type: ignore[arg-type]
-            state = stage.enter(tuple(leaves[:3]), leaves[3] if inside else None)
+            state = stage.enter(tuple(leaves[:2]), leaves[2] if inside else None)
             for site in range(stage.num_sublayers):
                 x, state = stage.read(state, site, torch.nn.Identity())
                 state = stage.write(state, site, torch.tanh(x))
@@ -190,9 +190,9 @@ def test_a_stage_scores_its_bank_at_once(inside: bool, device: str, monkeypatch:
         # The bank goes on to the next stage.
         (out.square().sum() + sum(source.square().sum() for source in state.bank)).backward()
         parameters = [stage.query, stage.key_gain]
-        found.append([out.detach(), *(t.grad for t in (*leaves[: 3 + inside], *parameters))])
-    # Sources and whether something is added. The stage's own block is scored where it ends, and summed there.
-    assert launched == [(3, False), (1, True), (1, True), (3, True)]
+        found.append([out.detach(), *(t.grad for t in (*leaves[: 2 + inside], *parameters))])
+    # Sources and whether something is added. The stage's first block is scored where it ends, and summed there.
+    assert launched == [(2, False), (1, True), (1, True), (2, True)]
     tolerance = 1e-11 if dtype == torch.float64 else 2e-4
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -281,11 +281,11 @@ def test_the_intended_backend_runs(device: str, monkeypatch: pytest.MonkeyPatch)
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, o=original, n=name: ran.append(n) or o(*a))
     model = network(torch.float32, device, rule="block", num_blocks=2)
-    for backend, expected in (("reference", 0), ("triton", 3 + 3 + 3 + 6), ("auto", 15 if device == "cuda" else 0)):
+    for backend, expected in (("reference", 0), ("triton", 2 + 2 + 2 + 7), ("auto", 13 if device == "cuda" else 0)):
         ran.clear()
         with use_backend(backend):  # type: ignore[arg-type]
             model(TOKENS.to(device))
-        # The embedding and two blocks are scored; two blocks and the output mix and norm; the other six update.
+        # The embedding and the first block are scored; two blocks mix and norm; six sublayers and the output update.
         assert len(ran) == expected
 
 

@@ -44,11 +44,11 @@ def test_a_network_keeps_what_its_parts_keep(rule: str, options: dict, monkeypat
 def test_streams_keep_each_sum_and_each_mix_once():
     """Per token: under PreNorm every norm's input and one number of it; under Block every source and every partial sum, the reads
     of several sources, and the scores, norms and denominators that go with them."""
-    sites, sources, ahead = 11, 4, 11 + 7 + 3 + 1  # blocks of 4, 4 and 2 sublayers, and the output
-    mixes, updates, normed = 4 + 2 + 1, 3 + 3 + 1, 4
+    sites, sources, ahead = 11, 3, 11 + 7 + 3  # blocks of 4, 4 and 2 sublayers, the last one's with the output's read
+    mixes, updates, normed = 4 + 3, 3 + 3 + 2, 3
     parts = gpu_activation_bytes(WIDE, 5, 192)
     assert parts["prenorm"] == 5 * 192 * sites * (2 * 256 + 4)
-    # Of each mix two numbers for its own backward pass; the lse of all but the output's, for the updates that merge with it.
-    rows, numbers = sites + mixes, ahead + sources + 2 * mixes + (mixes - 1) + 3 * (updates + normed)
+    # Of each mix two numbers for its own backward pass, and its lse, for the update that merges with it.
+    rows, numbers = sites + mixes, ahead + sources + 3 * mixes + 3 * (updates + normed)
     queries = 4 * sites * 256  # folded with their gains
     assert parts["block"] == 5 * 192 * (2 * 256 * rows + 4 * numbers) + queries
