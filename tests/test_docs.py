@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 
 import numpy as np
@@ -143,34 +144,109 @@ def test_sentences_about_the_kernels_are_their_result() -> None:
     for page in (ROOT / "README.md", ROOT / "docs/kernels.md", ROOT / "docs/log.md", KERNELS / "README.md"):
         text = page.read_text()
         assert step in text and stack in text and memory in text, page
-    for page in (ROOT / "CHANGELOG.md", ROOT / "docs/index.md", ROOT / "docs/log.md"):
-        assert f"{step} over PreNorm in a model's step" in page.read_text(), page
+    assert f"{step} over PreNorm in a model's step" in (ROOT / "docs/log.md").read_text()
+
+
+def over_prenorm(folder: str) -> dict[tuple[str, str, str], float]:
+    rows = json.loads((RESULTS / folder / "result.json").read_text())["rows"]
+    return {(row["case"], row["arm"], row["metric"]): row["over_prenorm"] for row in rows}
+
+
+def rounds(raw: Path, case: str, arm: str, metric: str) -> tuple[str, str]:
+    """The median of ``arm``'s ratios to PreNorm over rounds in percent above, and the lowest and highest."""
+    (found,) = (each["arms"] for each in json.loads(raw.read_text())["cases"] if each["case"]["name"] == case)
+    pairs = zip(found[arm][metric], found["prenorm"][metric], strict=True)
+    ratios = [100 * median(own) / median(prenorm) - 100 for own, prenorm in pairs]
+    return f"{median(ratios):.1f} %", f"{min(ratios):.1f} to {max(ratios):.1f}"
 
 
 def test_sentences_about_the_later_runs_of_the_kernels_are_their_results() -> None:
-    def over(folder: str) -> dict[tuple[str, str, str], float]:
-        rows = json.loads((RESULTS / folder / "result.json").read_text())["rows"]
-        return {(row["case"], row["arm"], row["metric"]): row["over_prenorm"] for row in rows}
-
-    def percent(ratio: float) -> str:
-        return f"{100 * ratio - 100:.1f} %"
-
-    rerun, newest = over("2026-11-22_residual-path-h200-rerun"), over("2026-11-22_residual-path-d4096")
-    step, forward, wall = "forward_backward_ms", "forward_ms", "wall_ms"
-    steps = [percent(run["model-d2048", "fathom", step]) for run in (rerun, newest)]
-    wide = [
-        f"×{newest['model-d4096', arm, metric]:.3f}"
-        for arm, metric in (("fathom", step), ("fathom", wall), ("fathom", forward), ("fathom-recompute", step),
-                            ("fathom-recompute", "peak_gib"), ("fla", step), ("liger", step))
-    ]  # fmt: skip
-    again = [percent(newest["model-d2048", "fathom", forward]), f"×{newest['stack-d2048', 'fathom', step]:.3f}"]
-    for page in ("README.md", "CHANGELOG.md", "docs/kernels.md", "docs/log.md"):
-        text = (ROOT / page).read_text()
-        assert all(figure in text for figure in (*steps, *wide[:2])), page
-    for page in ("docs/kernels.md", "docs/log.md"):
-        assert all(figure in (ROOT / page).read_text() for figure in again), page
-    for page in ("docs/kernels.md", "benchmarks/results/2026-11-22_residual-path-d4096/README.md"):
-        assert all(figure in (ROOT / page).read_text() for figure in wide), page
+    step, forward, wall, memory = "forward_backward_ms", "forward_ms", "wall_ms", "peak_gib"
+    output, widths = "2026-11-22_residual-path-output", "2026-11-22_residual-path-widths"
+    newest, before = over_prenorm(output), over_prenorm(widths)
+    wide = over_prenorm("2026-11-22_residual-path-d4096")
+    kernels, readme, changes, log = (
+        " ".join((ROOT / page).read_text().split())
+        for page in ("docs/kernels.md", "README.md", "CHANGELOG.md", "docs/log.md")
+    )
+    pages = {folder: " ".join((RESULTS / folder / "README.md").read_text().split()) for folder in (output, widths)}
+    raws = {"d2048": RESULTS / output / "raw-d2048.json", "before": RESULTS / widths / "raw-d2048.json",
+            "again": RESULTS / widths / "again-d2048.json", "widths": RESULTS / widths / "raw-widths.json"}  # fmt: skip
+    for raw, case, arm, metric, told in (
+        ("d2048", "model-d2048", "fathom", step, (kernels, pages[output])),
+        ("d2048", "model-d2048", "fathom", forward, (kernels, pages[output])),
+        ("d2048", "model-d2048", "fathom-recompute", step, (pages[output],)),
+        ("d2048", "model-d2048", "fathom-recompute", forward, (pages[output],)),
+        ("before", "model-d2048", "fathom", step, (pages[widths],)),
+        ("before", "model-d2048", "fathom", forward, (pages[widths],)),
+        ("again", "model-d2048", "fathom", step, (pages[widths],)),
+        ("again", "model-d2048", "fathom", forward, (pages[widths],)),
+        ("widths", "model-d1024", "fathom", step, (kernels, pages[widths])),
+        ("widths", "model-d1024", "fathom", forward, (pages[widths],)),
+        ("widths", "model-d2304", "fathom", step, (kernels, pages[widths])),
+        ("widths", "model-d2304", "fathom", forward, (pages[widths],)),
+    ):
+        percent, span = rounds(raws[raw], case, arm, metric)
+        for text in told:
+            assert re.search(rf"{re.escape(percent)}[^.;%]* \((rounds )?{re.escape(span)}\)", text), (
+                raw,
+                case,
+                arm,
+                metric,
+            )
+    five = [
+        over_prenorm("2026-11-22_residual-path-h200"),
+        over_prenorm("2026-11-22_residual-path-h200-rerun"),
+        wide,
+        before,
+    ]
+    percents = [
+        [f"{100 * run['model-d2048', 'fathom', metric] - 100:.1f}" for run in five] for metric in (step, forward)
+    ]
+    plain = re.sub(r"\[([\d.]+)\]\([^)]*\)", r"\1", kernels)
+    for found, metric in zip(percents, (step, forward), strict=True):
+        last = rounds(raws["again"], "model-d2048", "fathom", metric)[0]
+        assert f"{', '.join(found)} and {last}" in plain
+    for case, arm, metric in (
+        ("stack-d2048", "fathom", step), ("model-d4096", "fathom", step), ("model-d4096", "fathom", wall),
+        ("model-d4096", "fathom-recompute", step),
+    ):  # fmt: skip
+        assert f"×{newest[case, arm, metric]:.3f}" in kernels and f"×{newest[case, arm, metric]:.3f}" in pages[output]
+    for case, arm in (
+        ("model-d2048", "fathom"),
+        ("model-d2048", "fathom-recompute"),
+        ("model-d4096", "fathom-recompute"),
+    ):
+        assert f"×{newest[case, arm, memory]:.4f}" in kernels and f"×{newest[case, arm, memory]:.4f}" in pages[output]
+    assert f"×{newest['stack-d2048', 'fathom', step]:.3f}" in readme
+    assert f"×{newest['model-d2048', 'fathom-recompute', memory]:.4f}" in readme
+    of_case = {"2048": newest["model-d2048", "fathom", step], "4096": newest["model-d4096", "fathom", step],
+               "1024": before["model-d1024", "fathom", step], "2304": before["model-d2304", "fathom", step]}  # fmt: skip
+    percent = {case: f"{100 * ratio - 100:.1f} %" for case, ratio in of_case.items()}
+    assert f"At width 2048 {percent['2048']} in a model" in readme and f"at width 4096 {percent['4096']}" in readme
+    assert f"at 1024 {percent['1024']}, in the 48B model's shape {percent['2304']}" in readme
+    assert f"with the newest kernels {percent['2048']}" in changes
+    assert f"{percent['4096']} at 4096, {percent['1024']} at 1024, {percent['2304']} at 2304" in changes
+    for run, text in ((before, kernels), (before, log), (newest, log)):
+        assert f"×{run['stack-d2048', 'fathom', step]:.3f}" in text
+        assert f"×{run['model-d2048', 'fathom-recompute', memory]:.4f}" in text
+    for case in ("model-d1024", "model-d2304"):
+        for arm in ("fla", "fathom-recompute"):
+            assert (
+                f"×{before[case, arm, memory]:.4f}" in kernels and f"×{before[case, arm, memory]:.4f}" in pages[widths]
+            )
+        for arm in ("fla", "liger"):
+            assert f"{100 * before[case, arm, step] - 100:.1f} %" in pages[widths]
+            assert before[case, arm, step] > before[case, "fathom-recompute", step]
+    lately = (
+        over_prenorm("2026-11-22_residual-path-h200-rerun")["model-d2048", "fla", memory],
+        wide["model-d4096", "fla", memory],
+    )
+    assert f"×{lately[0]:.4f} and ×{lately[1]:.4f} in earlier runs" in kernels
+    page = (RESULTS / "2026-11-22_residual-path-d4096/README.md").read_text()
+    for arm, metric in (("fathom", step), ("fathom", wall), ("fathom", forward), ("fathom-recompute", step),
+                        ("fathom-recompute", memory), ("fla", step), ("liger", step)):  # fmt: skip
+        assert f"×{wide['model-d4096', arm, metric]:.3f}" in page
 
 
 def test_full_attnres_kernels_are_the_profiles() -> None:
