@@ -188,10 +188,11 @@ class BlockAttnRes(Stream):
         """The partial sum with the latest output, and the next read of phase 1 merged with it."""
         assert state.pending is not None
         with self._keep(state):
-            return update_read(
+            total, x = update_read(
                 state.partial, state.pending, state.out[0], state.lse[0], state.queries[0], None, norm_weight,
                 eps=self.eps, norm_eps=norm_eps,
             )  # fmt: skip
+        return total, x
 
     def write(self, state: BlockState, site: int, output: Tensor) -> BlockState:
         state = state._replace(pending=output)
