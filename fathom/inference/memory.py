@@ -97,10 +97,15 @@ def _attends(config: ModelConfig) -> bool:
 
 def _kept_reads(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> int:
     residual, length = config.residual, config.num_sublayers
-    if not _attends(config) or residual.schedule != "two_phase":
+    if not _attends(config):
+        return 0
+    if residual.rule == "full" and backend_for(device, dtype) == "triton":
+        return 1  # served as blocks of one (``FusedBlocks``): the output's
+    if residual.schedule != "two_phase":
         return 0
     if residual.rule == "full":
-        return 0 if backend_for(device, dtype) == "triton" else default_chunk(length)
+        chunk = default_chunk(length)
+        return chunk if chunk > 1 else 0
     blocks = residual.num_blocks or min(RECOMMENDED_BLOCKS, length)
     given: dict[str, Any] = {"block_size": residual.block_size} if residual.block_size else {"num_blocks": blocks}
     sizes = [last - first for first, last in pairwise([*block_starts(length, **given), length])]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from fathom.cli import main
 from fathom.errors import UserError
 from fathom.inference.engine import Engine
 from fathom.inference.memory import available, bank_bytes, check, measure, predict, size
+from fathom.kernels import use_backend
 from fathom.models.config import ModelConfig, ResidualConfig
 from fathom.models.kimi_linear import build
 from fathom.models.sizes import micro
@@ -34,6 +36,26 @@ def test_prediction_is_what_is_measured(residual: ResidualConfig, chunk: int | N
         config = ModelConfig(**settings, **more, residual=residual)
         engine = Engine(Transformer(config), slots=3, chunk=chunk, dtype=dtype)
         assert predict(config, slots=3, capacity=12, chunk=chunk, dtype=dtype) == measure(engine)
+
+
+@pytest.mark.parametrize("rule", ["full", "block"])
+def test_prediction_is_what_is_measured_with_kernels(rule: Any) -> None:
+    """Full is then served as blocks of one; its last block keeps the output's read, whatever the schedule."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for schedule in ("two_phase", "single_pass"):
+        residual = ResidualConfig(rule=rule, num_blocks=3 if rule == "block" else None, schedule=schedule)
+        config = ModelConfig(dim=16, num_layers=2, num_heads=2, context=3, residual=residual)
+        with use_backend("triton"):
+            model = Transformer(config).to(device)
+            predicted = predict(config, slots=2, capacity=3, dtype=torch.float32, device=device)
+            assert predicted == measure(Engine(model, slots=2)), schedule
+
+
+def test_two_sublayers_of_full_keep_no_read() -> None:
+    """√2 is nearest to chunks of one, the single pass."""
+    config = ModelConfig(dim=16, num_layers=1, num_heads=2, context=3, residual=ResidualConfig(rule="full"))
+    assert predict(config, slots=2, capacity=3, dtype=torch.float32) == measure(Engine(Transformer(config), slots=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -80,6 +102,12 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
 @pytest.mark.parametrize(("count", "text"), [(999, "999 B"), (1500, "1.5 kB"), (2 * 10**6, "2 MB"), (10**12, "1 TB")])
 def test_sizes_are_decimal(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--memory", "--batch", "4", "--device", "cpu"]) == 0
+    page = Path(__file__).parents[2] / "docs/inference.md"
+    assert f"$ fathom bench --memory --batch 4 --device cpu\n{capsys.readouterr().out}```" in page.read_text()
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
