@@ -310,3 +310,11 @@ def test_sentences_about_checks_and_shapes_are_their_result() -> None:
     assert f"costs PreNorm {deeper['prenorm']:.3f} nats and Block {deeper['block']:.3f}" in text
     seeds = found["val_loss", "s1", "prenorm"]
     assert f"nearly this shape lie {seeds['high'] - seeds['low']:.3f} apart" in text
+    shapes = ROOT / "benchmarks/results/2026-11-22_study/shapes/runs"
+    width = {case: json.loads((shapes / f"{case}-block-seed0/config.json").read_text())["model"]["head_dim"]
+             for case in losses["block"]}  # fmt: skip
+    for of_arm in losses.values():
+        order = sorted(of_arm, key=of_arm.__getitem__)
+        assert min(width[case] for case in order[:4]) == 56 and max(width[case] for case in order[4:]) == 42
+    behind = min(sorted(of_arm.values())[4] - sorted(of_arm.values())[3] for of_arm in losses.values())
+    assert f"have heads of 56 to {max(width.values())} channels; the five others, at least {behind:.2f} nats" in text
