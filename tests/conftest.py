@@ -1,4 +1,5 @@
 import os
+import signal
 
 import jaxtyping
 import pytest
@@ -13,6 +14,11 @@ jaxtyping.install_import_hook(
     ["fathom.depth_attention", "fathom.two_phase", "fathom.models.layers", "fathom.models.transformer"],
     "beartype.beartype",
 )
+
+
+# A shell that starts a suite in the background has it ignore Ctrl-C, as would every process that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # The tests' tensors are too small for two threads to help, and waiting for each other costs more than the work.
