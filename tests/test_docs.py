@@ -243,6 +243,16 @@ def test_sentences_about_the_later_runs_of_the_kernels_are_their_results() -> No
         wide["model-d4096", "fla", memory],
     )
     assert f"×{lately[0]:.4f} and ×{lately[1]:.4f} in earlier runs" in kernels
+    for run, metric in ((five[1], step), (wide, step), (wide, forward)):
+        assert f"{100 * run['model-d2048', 'fathom', metric] - 100:.1f} %" in log
+    for case, metric in (("model-d4096", step), ("model-d4096", wall), ("stack-d2048", step)):
+        assert f"×{wide[case, 'fathom', metric]:.3f}" in log
+    lowest, highest = min(map(float, percents[0])), rounds(raws["again"], "model-d2048", "fathom", step)[0]
+    assert f"in six runs on H200s {lowest} to {highest}, with" in changes
+    index = (ROOT / "docs/index.md").read_text()
+    others = sorted(ratio for case, ratio in of_case.items() if case != "2048")
+    spans = f"{100 * others[0] - 100:.1f} to {100 * others[-1] - 100:.1f} % at others"
+    assert f"{lowest} to {highest} over PreNorm in a model's step at width 2048, {spans}" in index
     page = (RESULTS / "2026-11-22_residual-path-d4096/README.md").read_text()
     for arm, metric in (("fathom", step), ("fathom", wall), ("fathom", forward), ("fathom-recompute", step),
                         ("fathom-recompute", memory), ("fla", step), ("liger", step)):  # fmt: skip
