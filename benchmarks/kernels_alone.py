@@ -9,6 +9,8 @@ its outputs and gradients are compared, on 1,000 tokens, with the plain equation
 of the plain equation in bf16 (for peers four times, on all tokens).
 
     inter-nN-sS     S reads of N sources in one sweep; forward N + S tensors of [tokens, D], backward 2 N + S
+    mix-nN-sS       the same from scores that are known, and the sources handed on; forward N + S, backward 3 N + S
+    score-kK        the sum that ends a block, and its scores for K later reads; forward 3, backward 3
     read-nN         one read of N sources; forward N + 1, backward 2 N + 1
     update          residual add, merge with the inter-block read, norm; forward 5, backward 6
     update-first    the same where the block has no partial sum yet; forward 3, backward 5
@@ -34,7 +36,7 @@ from timing import Clock, command
 from torch import Tensor
 from workloads import EPS, QUERY_STD
 
-from fathom.kernels import backend_for, inter_block, read, update_read
+from fathom.kernels import backend_for, inter_block, mix, read, score, update_read
 from fathom.train.environment import environment, pick_device
 
 TOKENS = 16384
@@ -61,6 +63,8 @@ class Operation:
     forward_lses: int = 0
     """Float32 [tokens] that it must read or write."""
     backward_lses: int = 0
+    scored: tuple[int, int] = (0, 0)
+    """How many float32 [K, tokens] it is given, and K."""
 
     def inputs(self, tokens: int, dim: int, device: torch.device) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(0)
@@ -73,6 +77,7 @@ class Operation:
             *(normal(dim, std=QUERY_STD) for _ in range(self.queries)),
             *(torch.ones(dim, dtype=torch.bfloat16, device=device).requires_grad_() for _ in range(self.gains)),
             *(normal(tokens, dtype=torch.float32) for _ in range(self.lses)),
+            *(normal(self.scored[1], tokens, dtype=torch.float32) for _ in range(self.scored[0])),
         ]
 
 
@@ -113,6 +118,35 @@ def inter(n: int, s: int) -> Operation:
     return Operation(
         f"inter-n{n}-s{s}", n, s, s, 0, plain, {"fathom": lambda: fathom}, n + s, 2 * n + s, s, 2 * s
     )  # fmt: skip
+
+
+def mixing(n: int, s: int) -> Operation:
+    def plain(x: list[Tensor]) -> list[Tensor]:
+        values, known = torch.stack([source.float() for source in x[:n]]), torch.stack(x[n:])
+        outs = torch.einsum("nst,ntd->std", known.softmax(0), values).to(x[0].dtype)
+        return [*outs, *known.logsumexp(0), *(source.view_as(source) for source in x[:n])]
+
+    def fathom(x: list[Tensor]) -> list[Tensor]:
+        outs, lse, sources = mix(x[:n], x[n:])
+        return [*outs, *lse, *sources]
+
+    # The numbers of a token: its scores in, its lse, largest scores and their sums out, and what there is of them backward.
+    return Operation(
+        f"mix-n{n}-s{s}", n, 0, 0, 0, plain, {"fathom": lambda: fathom}, n + s, 3 * n + s, (n + 3) * s, (2 * n + 3) * s,
+        (n, s),
+    )  # fmt: skip
+
+
+def scoring(k: int) -> Operation:
+    def plain(x: list[Tensor]) -> list[Tensor]:
+        total = x[0] + x[1]
+        value = total.float()
+        return [total, torch.stack(x[2:]).float() @ value.T * (value.square().mean(-1) + EPS).rsqrt()]
+
+    def fathom(x: list[Tensor]) -> list[Tensor]:
+        return list(score(x[0], x[1], torch.stack(x[2:]), eps=EPS))
+
+    return Operation(f"score-k{k}", 2, k, 0, 0, plain, {"fathom": lambda: fathom}, 3, 3, k + 1, 2 * k + 1)
 
 
 def single(n: int) -> Operation:
@@ -232,6 +266,9 @@ def main() -> int:
     parser.add_argument("--widths", type=int, nargs="+", default=[1024, 2048, 4096, 7168])
     parser.add_argument("--sources", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--reads", type=int, nargs="+", default=[6, 8], help="reads of a block")
+    parser.add_argument(
+        "--queries", type=int, nargs="+", default=[9, 25], help="later reads that a source is scored for"
+    )
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--arms", nargs="+", choices=("fathom", "fla", "fast-attnres", "liger"), default=["fathom"])
     parser.add_argument("--device", default="cuda")
@@ -245,6 +282,8 @@ def main() -> int:
     print(f"{env['machine']}: copy {bandwidth / 1e12:.2f} TB/s; median us and share of the byte floor")
     print(f"{'case':24s} {'arm':12s} {'forward':>10s} {'floor':>7s} {'backward':>10s} {'floor':>7s}")
     operations = [inter(n, s) for s in options.reads for n in options.sources]
+    operations += [mixing(n, s) for s in options.reads for n in options.sources if n > 1]
+    operations += [scoring(k) for k in options.queries]
     operations += [single(n) for n in options.sources] + [update(first=False), update(first=True)]
     result: dict[str, Any] = {
         "name": "kernels-alone",

@@ -2,7 +2,7 @@
 
     score         the sum that ends a block, and its scores for all later reads       two_phase.py | scores.py
     score_bank    the scores of finished sources, of which nothing is known           two_phase.py | scores.py
-    mix           every read of a block over its finished sources, from their scores  two_phase.py | mixes.py
+    mix           every read of a block over its finished sources, from their scores  two_phase.py | mixes.py, mix_gradients.py
     turn          ``score``, then ``mix``, where a block ends and the next begins     the two      | turns.py, for a few tokens
     update_read   residual add, intra-block merge and the next norm                   two_phase.py | update.py
     inter_block   ``mix`` of sources that have no scores yet                          two_phase.py | inter.py

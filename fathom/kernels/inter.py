@@ -1,4 +1,5 @@
-"""Reads over sources of which nothing is known yet, by their queries: the kernels of scores.py and mixes.py in one op.
+"""Reads over sources of which nothing is known yet, by their queries: the kernels of scores.py, mixes.py and mix_gradients.py
+in one op.
 
 It saves the sources, and per token their reciprocal norms, their scores, and of each read what it divides by; the backward pass
 writes a source's gradient from the reads, then adds that from its scores in place.
@@ -7,7 +8,8 @@ writes a source's gradient from the reads, then adds that from its scores in pla
 import torch
 from torch import Tensor
 
-from fathom.kernels.mixes import mixed, mixed_backward
+from fathom.kernels.mix_gradients import mixed_backward
+from fathom.kernels.mixes import mixed
 from fathom.kernels.operators import operator
 from fathom.kernels.scores import gradients_of, scores_of
 from fathom.kernels.tiles import present, statistic

@@ -44,12 +44,15 @@ from fathom.kernels.tiles import (
 SCORE_TOKENS, SCORE_COLUMNS, SCORE_WARPS = 64, 128, 4
 """Tile of a source in ``_scores``, and the warps that share it."""
 MOST_QUERIES, MOST_QUERIES_WIDE = 64, 16
-"""Queries of one program, of bfloat16 terms and of wider ones; more are taken by more programs."""
+"""Queries of one program, of bfloat16 terms and of wider ones; more are taken by more programs. A product of 64 rows, be they
+zeros, is the tensor cores' own, and faster than one of fewer."""
 COEFFICIENT_TOKENS = 128
 """Tokens of one program of ``_coefficients``."""
 GRADIENT_TOKENS, GRADIENT_COLUMNS, GRADIENT_WARPS, GRADIENT_PROGRAMS, GRADIENT_TURNS = 64, 64, 4, 256, 4
 """Tokens and columns of one step of ``_gradients``, its warps, for how many programs all tokens are cut into shares, and of
 several sources at most how many times as many."""
+GRADIENT_STAGES = 3
+"""Steps whose loads are all on the way, of two terms; for three shared memory has no room."""
 
 
 @triton.jit
@@ -142,7 +145,7 @@ def _gradients(
     sources, strides, given, queries, terms, own, dsources, dqueries, first, num_tokens, num_queries, dim,
     tokens_each, scale, GIVEN: tl.constexpr, OWN: tl.constexpr, N: tl.constexpr, K_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr, TERMS: tl.constexpr, COUNT: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One chunk of columns of ``tokens_each`` tokens of one source: its gradient, and a share of that of the queries."""
     element: tl.constexpr = dsources[0].dtype.element_ty
@@ -160,11 +163,13 @@ def _gradients(
     if GIVEN:
         before = pick(given, n, N, ALIGNED)[:, None] + d[None, :]
     begin = share.to(tl.int64) * tokens_each
-    for start in range(0, tokens_each, BLOCK_T):
+    for start in tl.range(0, tokens_each, BLOCK_T, num_stages=STAGES):
         t = begin + start + tl.arange(0, BLOCK_T)
         here = t < num_tokens
         mask, live = here[:, None] & inside[None, :], asked[:, None] & here[None, :]
         v = tl.load(source + t[:, None] * stride, mask, other=0)
+        if GIVEN:
+            so_far = tl.load(before + t[:, None] * dim, mask, other=0)
         dv = tl.zeros([BLOCK_T, BLOCK_D], ACC)
         step = tl.zeros([K_PAD, BLOCK_D], ACC)
         for i in tl.static_range(COUNT):  # the smallest first
@@ -180,7 +185,7 @@ def _gradients(
         if OWN:
             dv -= tl.load(own + n * num_tokens + t, here, other=0)[:, None] * v.to(ACC)
         if GIVEN:
-            dv += tl.load(before + t[:, None] * dim, mask, other=0).to(ACC)
+            dv += so_far.to(ACC)
         tl.store(target + t[:, None] * dim, dv.to(element), mask)
     part = n * tl.num_programs(1) + share
     out = dqueries + (part * num_queries + k)[:, None].to(tl.int64) * dim + d[None, :]
@@ -206,8 +211,10 @@ def _query_terms(queries: Tensor, products: dict[str, Any]) -> Tensor:
     return terms
 
 
-def _query_tile(num_queries: int, products: dict[str, Any]) -> int:
-    return min(MOST_QUERIES if products["SPLIT"] else MOST_QUERIES_WIDE, power_of_two(num_queries, 16))
+def _query_tile(num_queries: int, products: dict[str, Any], fewest_padded: int) -> int:
+    """Rows of a product over queries: all there can be from ``fewest_padded`` queries on, where those are terms."""
+    most = MOST_QUERIES if products["SPLIT"] else MOST_QUERIES_WIDE
+    return most if num_queries >= fewest_padded else power_of_two(num_queries, 16)
 
 
 @on_their_device
@@ -221,7 +228,7 @@ def scores_of(
     scores = [statistic(first, num_queries, *batch) for _ in sources]
     rstds = [statistic(first, *batch) for _ in sources]
     products = _products(first, queries)
-    block_k = _query_tile(num_queries, products)
+    block_k = _query_tile(num_queries, products, 1)
     # What is on the way to a multiprocessor, rows and queries, must fit its shared memory.
     columns = SCORE_COLUMNS if products["SPLIT"] and block_k * products["TERMS"] < 128 else min(SCORE_COLUMNS, 64)
     _scores[(cdiv(num_tokens, SCORE_TOKENS), num_sources, cdiv(num_queries, block_k))](
@@ -256,7 +263,7 @@ def gradients_of(
     num_shares = max(1, min(cdiv(num_tokens, GRADIENT_TOKENS), programs))
     tokens_each = cdiv(cdiv(num_tokens, num_shares), GRADIENT_TOKENS) * GRADIENT_TOKENS
     dqueries = statistic(first, num_sources * num_shares, num_queries, dim)
-    block_k, query_terms = _query_tile(num_queries, products), _query_terms(queries, products)
+    block_k, query_terms = _query_tile(num_queries, products, 17), _query_terms(queries, products)
     # Several chunks of queries add to a source's gradient one after the other; only the whole is rounded.
     is_one = num_queries <= block_k
     found = dsources if is_one else [statistic(first, *each.shape) for each in dsources]
@@ -266,7 +273,8 @@ def gradients_of(
             pointers(sources), strides_of(sources), pointers(so_far), query_terms, terms, own, pointers(found), dqueries, start,
             num_tokens, num_queries, dim, tokens_each, scale, GIVEN=so_far is not None, OWN=start == 0,
             N=padded(num_sources), K_PAD=block_k, BLOCK_T=GRADIENT_TOKENS, BLOCK_D=block_d, COUNT=count,
-            ALIGNED=is_aligned(*sources, *found, *(given or ())), num_warps=GRADIENT_WARPS, **products,
+            STAGES=GRADIENT_STAGES if count == 2 else None, ALIGNED=is_aligned(*sources, *found, *(given or ())),
+            num_warps=GRADIENT_WARPS, **products,
         )  # fmt: skip
     if not is_one:
         for target, wide in zip(dsources, found, strict=True):

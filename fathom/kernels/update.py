@@ -31,6 +31,7 @@ from fathom.kernels.tiles import (
     few_warps,
     four_sums,
     multiprocessors,
+    nothing,
     on_their_device,
     power_of_two,
     rsqrt,
@@ -97,54 +98,92 @@ def _forward(
 
 
 @triton.jit
+def _pieces(rows, at, mask, ACC: tl.constexpr):
+    """The pieces of some tokens' rows."""
+    found = nothing()
+    for i in tl.static_range(len(at)):
+        found += (tl.load(rows + at[i], mask[i], other=0).to(ACC),)
+    return found
+
+
+@triton.jit
 def _backward(
     total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix, dtotal, dinter, dlse, dweights, num_tokens, dim,
     INTER: tl.constexpr, NORM: tl.constexpr, DTOTAL: tl.constexpr, DMIX: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
-    inside = d < dim
+    """Some tokens after another, their rows in a piece of FIRST columns and, if not 0, one of SECOND."""
     element: tl.constexpr = total.dtype.element_ty
-    dq, dw = tl.zeros([BLOCK_D], ACC), tl.zeros([BLOCK_D], ACC)
-    if INTER:
-        q = tl.load(query + d, inside, other=0).to(ACC)[None, :]
-    if NORM:
-        w = tl.load(norm_weight + d, inside, other=0).to(ACC)[None, :]
+    columns, dqs, dws = nothing(), nothing(), nothing()
+    columns += (tl.arange(0, FIRST),)
+    dqs += (tl.zeros([FIRST], ACC),)
+    dws += (tl.zeros([FIRST], ACC),)
+    if SECOND > 0:
+        columns += (FIRST + tl.arange(0, SECOND),)
+        dqs += (tl.zeros([SECOND], ACC),)
+        dws += (tl.zeros([SECOND], ACC),)
+    qs, ws = nothing(), nothing()
+    for i in tl.static_range(len(columns)):
+        if INTER:
+            qs += (tl.load(query + columns[i], columns[i] < dim, other=0).to(ACC)[None, :],)
+        if NORM:
+            ws += (tl.load(norm_weight + columns[i], columns[i] < dim, other=0).to(ACC)[None, :],)
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0), num_stages=STAGES):
         t = tile * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
         here = t < num_tokens
-        at, mask = t[:, None] * dim + d[None, :], here[:, None] & inside[None, :]
-        b = tl.load(total + at, mask, other=0).to(ACC)
-        h, apart, a = b, b, 0.0
+        at, mask = nothing(), nothing()
+        for i in tl.static_range(len(columns)):
+            at += (t[:, None] * dim + columns[i][None, :],)
+            mask += (here[:, None] & (columns[i] < dim)[None, :],)
+        b = _pieces(total, at, mask, ACC)
+        h, a = b, 0.0
         if INTER:
             r = tl.load(stats + t, here, other=0)
             s = tl.load(stats + num_tokens + t, here, other=0)
             a = (1 / (1 + tl.exp(tl.load(lse + t, here, other=0) - s)))[:, None]
-            o = tl.load(inter + at, mask, other=0).to(ACC)
-            apart = b - o
-            h = o + a * apart
-        dh = tl.zeros([BLOCK_T, BLOCK_D], ACC)
+            o = _pieces(inter, at, mask, ACC)
+            h = nothing()
+            for i in tl.static_range(len(columns)):
+                h += (o[i] + a * (b[i] - o[i]),)
         if NORM:
             m = tl.load(stats + 2 * num_tokens + t, here, other=0)[:, None]
-            g = tl.load(dx + at, mask, other=0).to(ACC)
-            dw += tl.sum(g * h * m, 0)
-            g *= w
-            dh = m * g - h * (m * m * m * (tl.sum(g * h, 1) / dim)[:, None])
-        if DMIX:
-            dh += tl.load(dmix + at, mask, other=0).to(ACC)
-        db = dh
+            gs = _pieces(dx, at, mask, ACC)
+            along, weighed, shares = tl.zeros([BLOCK_T], ACC), nothing(), nothing()
+            for i in tl.static_range(len(columns)):
+                shares += (dws[i] + tl.sum(gs[i] * h[i] * m, 0),)
+                weighed += (gs[i] * ws[i],)
+                along += tl.sum(weighed[i] * h[i], 1)
+            dws = shares
+            shrink = m * m * m * (along / dim)[:, None]
+        dh = nothing()
+        for i in tl.static_range(len(columns)):
+            each = tl.zeros([BLOCK_T, columns[i].shape[0]], ACC)
+            if NORM:
+                each += m * weighed[i] - h[i] * shrink
+            if DMIX:
+                each += tl.load(dmix + at[i], mask[i], other=0).to(ACC)
+            dh += (each,)
         if INTER:
-            ds = tl.sum(dh * apart, 1)[:, None] * a * (1 - a)
-            db = a * dh + ds * (q * r[:, None] - b * (s * r * r / dim)[:, None])
-            dq += tl.sum(b * (ds * r[:, None]), 0)
-            tl.store(dinter + at, ((1 - a) * dh).to(element), mask)
+            along, shares = tl.zeros([BLOCK_T], ACC), nothing()
+            for i in tl.static_range(len(columns)):
+                along += tl.sum(dh[i] * (b[i] - o[i]), 1)
+            ds = along[:, None] * a * (1 - a)
+            for i in tl.static_range(len(columns)):
+                shares += (dqs[i] + tl.sum(b[i] * (ds * r[:, None]), 0),)
+            dqs = shares
             tl.store(dlse + t[:, None], -ds, here[:, None])
-        if DTOTAL:
-            db += tl.load(dtotal_in + at, mask, other=0).to(ACC)
-        tl.store(dtotal + at, db.to(element), mask)
-    out = dweights + tl.program_id(0).to(tl.int64) * 2 * dim + d
-    tl.store(out, dq, inside)
-    tl.store(out + dim, dw, inside)
+        for i in tl.static_range(len(columns)):
+            db = dh[i]
+            if INTER:
+                db = a * dh[i] + ds * (qs[i] * r[:, None] - b[i] * (s * r * r / dim)[:, None])
+                tl.store(dinter + at[i], ((1 - a) * dh[i]).to(element), mask[i])
+            if DTOTAL:
+                db += tl.load(dtotal_in + at[i], mask[i], other=0).to(ACC)
+            tl.store(dtotal + at[i], db.to(element), mask[i])
+    out = dweights + tl.program_id(0).to(tl.int64) * 2 * dim
+    for i in tl.static_range(len(columns)):
+        tl.store(out + columns[i], dqs[i], columns[i] < dim)
+        tl.store(out + dim + columns[i], dws[i], columns[i] < dim)
 
 
 @triton.jit
@@ -167,10 +206,11 @@ def _weight_gradients(
         tl.store(dnorm_weight + d, found.to(dnorm_weight.dtype.element_ty), inside & (which == 1))
 
 
-BACKWARD_PROGRAMS, BACKWARD_STAGES = 2, 3
-"""Programs of ``_backward`` on each multiprocessor, and how many tokens' rows one of them has on the way."""
-BACKWARD_ELEMENTS, BACKWARD_BYTES = 2048, 65536
-"""Elements of a tensor that it takes at a time, if a row is not longer, and the most shared memory for those on the way."""
+BACKWARD_ELEMENTS, WARP_ELEMENTS = 2048, 768
+"""Elements of a tensor that ``_backward`` takes at a time, if a row is not longer, and most of a warp, which keeps a dozen
+values for each."""
+BACKWARD_WARPS, BACKWARD_STAGES, BACKWARD_BYTES = 8, 3, 131072
+"""Its warps on each multiprocessor, how many tokens' rows a program has on the way, and the most shared memory for them all."""
 SHARES, SHARE_COLUMNS = 64, 32
 """Shares that ``_weight_gradients`` takes at a time, and columns of one of its programs."""
 
@@ -183,12 +223,25 @@ def _tile(dim: int, few: bool) -> tuple[int, int, int]:
     return tokens, columns, max(4, warps(2 * tokens * columns))
 
 
-def _backward_tile(total: Tensor) -> tuple[int, int, int, int]:
-    """One row of at least 2048 columns or several shorter ones, and as many on the way as shared memory takes."""
-    columns = power_of_two(total.shape[-1], 16)
-    tokens = max(1, min(8, BACKWARD_ELEMENTS // columns))
-    stages = 1 + BACKWARD_BYTES // (4 * tokens * columns * total.element_size())
-    return tokens, columns, max(4, warps(tokens * columns * 2)), min(stages, BACKWARD_STAGES)
+def _pieces_of(dim: int) -> tuple[int, int]:
+    """Columns of a row's pieces: all in one power of two, or, beyond BACKWARD_ELEMENTS, in two if they are fewer."""
+    first = power_of_two(dim, 16)
+    if first > BACKWARD_ELEMENTS:
+        second = power_of_two(dim - first // 2, 16)
+        if second < first // 2:
+            return first // 2, second
+    return first, 0
+
+
+def _backward_tile(total: Tensor) -> tuple[int, int, int, int, int]:
+    """Tokens, columns of both pieces, warps and stages."""
+    first, second = _pieces_of(total.shape[-1])
+    tokens = max(1, min(8, BACKWARD_ELEMENTS // first))
+    elements = tokens * (first + second)
+    num_warps = max(4, min(16, power_of_two(cdiv(elements, WARP_ELEMENTS))))
+    each = BACKWARD_BYTES * num_warps // max(BACKWARD_WARPS, num_warps)
+    stages = 1 + each // (4 * elements * total.element_size())
+    return tokens, first, second, num_warps, min(stages, BACKWARD_STAGES)
 
 
 @operator("update_read")
@@ -237,13 +290,13 @@ def update_read_backward(
     dtotal = torch.empty_like(total)
     dinter = torch.empty_like(total) if inter is not None else total.new_empty(0)
     dlse = stats.new_empty(lse.shape if lse is not None else 0)
-    block_t, block_d, num_warps, stages = _backward_tile(total)
-    programs = min(BACKWARD_PROGRAMS * multiprocessors(total.device), cdiv(num_tokens, block_t))
+    block_t, first, second, num_warps, stages = _backward_tile(total)
+    programs = min(max(1, BACKWARD_WARPS // num_warps) * multiprocessors(total.device), cdiv(num_tokens, block_t))
     dweights = stats.new_empty(programs, 2, dim)
     _backward[(programs,)](
         total, inter, lse, query, norm_weight, stats, dtotal_in, dx, dmix, dtotal, dinter, dlse, dweights, num_tokens, dim,
         INTER=inter is not None, NORM=dx is not None, DTOTAL=dtotal_in is not None, DMIX=dmix is not None,
-        BLOCK_T=block_t, BLOCK_D=block_d, ACC=accumulator(total), STAGES=stages, num_warps=num_warps,
+        BLOCK_T=block_t, FIRST=first, SECOND=second, ACC=accumulator(total), STAGES=stages, num_warps=num_warps,
     )  # fmt: skip
     dquery = torch.empty_like(query) if inter is not None and query is not None else total.new_empty(0)
     dnorm_weight = torch.empty_like(norm_weight) if dx is not None and norm_weight is not None else total.new_empty(0)

@@ -159,17 +159,29 @@ def test_committed_rows_follow_from_their_raw_times(benchmarks, folder) -> None:
 
 def test_byte_floors_count_each_tensor_once(benchmarks) -> None:
     alone = benchmarks.kernels_alone
-    for operation in (alone.inter(1, 6), alone.inter(4, 8), alone.single(8), alone.update(first=False)):
+    for operation in (
+        alone.inter(1, 6),
+        alone.inter(4, 8),
+        alone.single(8),
+        alone.update(first=False),
+        alone.scoring(3),
+    ):
         inputs = operation.inputs(20, 16, torch.device("cpu"))
         outputs = operation.plain(inputs)
-        wide = sum(x.ndim == 2 for x in (*inputs, *outputs))
-        narrow = sum(x.shape == (20,) for x in (*inputs, *outputs))
+        wide = sum(x.shape == (20, 16) for x in (*inputs, *outputs))
+        narrow = sum(x.numel() // 20 for x in (*inputs, *outputs) if x.shape[-1] == 20)
+        narrow += operation.name == "score-k3"  # the reciprocal norms, which its kernel keeps
         assert (operation.forward_wide, operation.forward_lses) == (wide, narrow), operation.name
+    mixing = alone.mixing(4, 8)
+    inputs = mixing.inputs(20, 16, torch.device("cpu"))
+    moved = {x.data_ptr() for x in (*inputs, *mixing.plain(inputs)) if x.shape == (20, 16)}  # sources are handed on
+    assert (len(inputs), mixing.forward_wide) == (8, len(moved))
 
 
 def test_the_kernels_operations_agree_with_their_plain_equations(benchmarks) -> None:
     alone = benchmarks.kernels_alone
-    for operation in (alone.inter(3, 2), alone.single(3), alone.update(first=False), alone.update(first=True)):
+    operations = (alone.inter(3, 2), alone.mixing(3, 2), alone.scoring(5), alone.single(3), alone.update(first=False))
+    for operation in (*operations, alone.update(first=True)):
         alone.check(operation, operation.arms["fathom"](), 256, 20, torch.device("cpu"), 2.0)
 
 

@@ -24,14 +24,26 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(4, 8, 2048, 300), (9, 6, 2304, 100), (8, 12, 7168, 40), (3, 2, 8192, 33), (33, 2, 512, 40)], ids=str
+    "shape",
+    [
+        (4, 8, 2048, 300),
+        (9, 6, 2304, 100),
+        (16, 2, 768, 100),
+        (17, 2, 1000, 100),
+        (8, 12, 7168, 40),
+        (3, 2, 8192, 33),
+        (33, 2, 512, 40),
+    ],
+    ids=str,
 )
 def test_wide_reads(shape: tuple[int, int, int, int], dtype: torch.dtype):
     assert_as_good_as_plain(inter_call(shape[0]), *(inter_inputs(*shape, dtype, "cuda") for _ in range(DRAWS[dtype])))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "d"), [(1000, 2048), (400, 7168), (330, 8192), (90, 16384)])
+@pytest.mark.parametrize(
+    ("tokens", "d"), [(1000, 2048), (700, 2304), (400, 5120), (400, 7168), (330, 8192), (90, 16384)]
+)
 def test_wide_updates(tokens: int, d: int, dtype: torch.dtype):
     assert_as_good_as_plain(update_call, *(update_inputs(tokens, d, dtype, "cuda") for _ in range(DRAWS[dtype])))
 

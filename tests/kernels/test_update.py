@@ -44,9 +44,29 @@ def test_every_variant(partial: bool, inter: bool, norm: bool, mix: bool, device
     assert_as_good_as_plain(lambda leaves: call(leaves, return_mix=mix), inputs)
 
 
+@pytest.mark.parametrize(
+    ("dim", "pieces"),
+    [(33, (32, 16)), (49, (64, 0)), (64, (64, 0)), (96, (64, 32)), (150, (128, 32))],
+)
+@pytest.mark.parametrize(("inter", "norm", "mix"), [(True, True, False), (True, False, True), (False, True, True)])
+def test_a_row_in_two_pieces(
+    dim: int, pieces: tuple[int, int], inter: bool, norm: bool, mix: bool, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(update, "BACKWARD_ELEMENTS", 32)
+    assert update._pieces_of(dim) == pieces
+    inputs = make(3, dim, DTYPES[0], device, inter=inter, norm=norm)
+    assert_as_good_as_plain(lambda leaves: call(leaves, return_mix=mix), inputs)
+
+
+def test_pieces_of_wide_rows():
+    widths = {96: (128, 0), 2048: (2048, 0), 2304: (2048, 256), 3072: (2048, 1024), 4096: (4096, 0), 5120: (4096, 1024)}
+    assert {dim: update._pieces_of(dim) for dim in widths} == widths
+    assert update._pieces_of(7168) == (8192, 0)
+
+
 def test_weight_gradients_of_many_programs(device: str, monkeypatch: pytest.MonkeyPatch):
     """More shares than are taken at a time, and not a multiple."""
-    monkeypatch.setattr(update, "BACKWARD_PROGRAMS", 70)
+    monkeypatch.setattr(update, "BACKWARD_WARPS", 4 * 70)
     assert_as_good_as_plain(call, make(8 * 70, 40, DTYPES[0], device))
 
 
