@@ -65,6 +65,8 @@ class Operation:
     backward_lses: int = 0
     scored: tuple[int, int] = (0, 0)
     """How many float32 [K, tokens] it is given, and K."""
+    asked: int = 0
+    """Queries in one [K, D]."""
 
     def inputs(self, tokens: int, dim: int, device: torch.device) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(0)
@@ -78,6 +80,7 @@ class Operation:
             *(torch.ones(dim, dtype=torch.bfloat16, device=device).requires_grad_() for _ in range(self.gains)),
             *(normal(tokens, dtype=torch.float32) for _ in range(self.lses)),
             *(normal(self.scored[1], tokens, dtype=torch.float32) for _ in range(self.scored[0])),
+            *(normal(self.asked, dim, std=QUERY_STD) for _ in range(min(1, self.asked))),
         ]
 
 
@@ -141,12 +144,14 @@ def scoring(k: int) -> Operation:
     def plain(x: list[Tensor]) -> list[Tensor]:
         total = x[0] + x[1]
         value = total.float()
-        return [total, torch.stack(x[2:]).float() @ value.T * (value.square().mean(-1) + EPS).rsqrt()]
+        return [total, x[2].float() @ value.T * (value.square().mean(-1) + EPS).rsqrt()]
 
     def fathom(x: list[Tensor]) -> list[Tensor]:
-        return list(score(x[0], x[1], torch.stack(x[2:]), eps=EPS))
+        return list(score(*x, eps=EPS))
 
-    return Operation(f"score-k{k}", 2, k, 0, 0, plain, {"fathom": lambda: fathom}, 3, 3, k + 1, 2 * k + 1)
+    return Operation(
+        f"score-k{k}", 2, 0, 0, 0, plain, {"fathom": lambda: fathom}, 3, 3, k + 1, 2 * k + 1, asked=k
+    )  # fmt: skip
 
 
 def single(n: int) -> Operation:

@@ -38,7 +38,7 @@ from fathom.kernels.tiles import (
 
 FEW_SOURCES = 16
 """Most sources that are gone through one by one, if there are several reads; for one read GROUP."""
-BACKWARD_COLUMNS, BACKWARD_ELEMENTS, BACKWARD_STAGES = 512, 4096, 5
+BACKWARD_COLUMNS, BACKWARD_ELEMENTS, BACKWARD_STAGES = 512, 5120, 5
 """Most columns of a program of ``_backward``, which is a warp, most elements of dout that it holds, and how many of few sources'
 rows are on the way."""
 SCORE_TOKENS = 32
@@ -48,39 +48,50 @@ SCORE_TOKENS = 32
 @triton.jit(do_not_specialize=["num_sources"])
 def _backward(
     sources, strides, scores, rstds, softmax, douts, dstrides, passed, dsources, products, num_sources, num_tokens, dim,
-    N: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK_D: tl.constexpr, PASSED: tl.constexpr,
-    PRODUCTS: tl.constexpr, NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BYTES: tl.constexpr,
-    STAGES: tl.constexpr,
+    N: tl.constexpr, S: tl.constexpr, FEW: tl.constexpr, BLOCK_D: tl.constexpr, PASSED: tl.constexpr, PRODUCTS: tl.constexpr,
+    NORMALIZE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BYTES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A piece of one token's columns: dv of every source, and its part of dp [tokens, N, S, pieces]."""
+    """A piece of one token's columns: dv of every source, and its part of dp [tokens, N, S, pieces].
+
+    The reads are tiles of as many as the binary digits of S say: a tile's rows are a power of two, and none is to be idle.
+    """
     element: tl.constexpr = sources[0].dtype.element_ty
     t = tl.program_id(0).to(tl.int64)
-    s, column = tl.arange(0, S_PAD), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    wanted, inside = s < S, column < dim
-    dout = row_pointers(douts, dstrides, s, t, S, element, BYTES, ALIGNED)[:, None]
-    g = tl.load(dout + column[None, :], wanted[:, None] & inside[None, :], other=0).to(ACC)
-    at = s * num_tokens + t
-    if N > 1:  # a single source has the whole weight
-        top = tl.load(softmax + 2 * at, wanted, other=0)
-        g *= (1 / tl.load(softmax + 2 * at + 1, wanted, other=1))[:, None]
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < dim
+    reads, gs, tops = nothing(), nothing(), nothing()
+    for digit in tl.static_range(15, -1, -1):
+        if (S >> digit) % 2 == 1:
+            s = (S >> (digit + 1) << (digit + 1)) + tl.arange(0, 1 << digit)
+            dout = row_pointers(douts, dstrides, s, t, S, element, BYTES, ALIGNED)[:, None]
+            g = tl.load(dout + column[None, :], inside[None, :], other=0).to(ACC)
+            if N > 1:  # a single source has the whole weight
+                at = 2 * (s * num_tokens + t)
+                tops += (tl.load(softmax + at),)
+                g *= (1 / tl.load(softmax + at + 1))[:, None]
+            reads += (s,)
+            gs += (g,)
     piece, num_pieces = tl.program_id(1), tl.num_programs(1)
     if FEW:
         for n in tl.range(num_sources, num_stages=STAGES):
             if PRODUCTS:
                 row = pick(sources, n, N, ALIGNED) + t * pick_stride(strides, n)
                 v = tl.load(row + column, inside, other=0).to(ACC)
-            weight = tl.full([S_PAD], 1, ACC)
-            if N > 1:
-                weight = tl.exp(tl.load(pick(scores, n, N, False) + at, wanted, other=float("-inf")) - top)
-            if NORMALIZE:
-                weight *= tl.load(pick(rstds, n, N, False) + t)
-            dv = tl.sum(weight[:, None] * g, 0)
+            for i in tl.static_range(len(reads)):
+                weight = tl.full(reads[i].shape, 1, ACC)
+                if N > 1:
+                    weight = tl.exp(tl.load(pick(scores, n, N, False) + reads[i] * num_tokens + t) - tops[i])
+                if NORMALIZE:
+                    weight *= tl.load(pick(rstds, n, N, False) + t)
+                part = tl.sum(weight[:, None] * gs[i], 0)
+                dv = part if i == 0 else dv + part
             if PASSED:
                 dv += tl.load(pick(passed, n, N, ALIGNED) + t * dim + column, inside, other=0).to(ACC)
             tl.store(pick(dsources, n, N, ALIGNED) + t * dim + column, dv.to(element), inside)
             if PRODUCTS:
-                dp = tl.sum(g * v[None, :], 1)
-                tl.store(products + ((t * num_sources + n) * S + s) * num_pieces + piece, dp, wanted)
+                for i in tl.static_range(len(reads)):
+                    out = products + ((t * num_sources + n) * S + reads[i]) * num_pieces + piece
+                    tl.store(out, tl.sum(gs[i] * v[None, :], 1))
     else:
         for group in range(0, num_sources, GROUP):
             # No load can pass a store, so those of a group all come before its first.
@@ -89,27 +100,32 @@ def _backward(
                 live = group + j < num_sources
                 row = pick_of_group(sources, group, j, N, ALIGNED) + t * pick_stride_of_group(strides, group, j)
                 rows += (tl.load(row + column, inside & live, other=0),)
-                score = pick_of_group(scores, group, j, N, False) + at
-                known += (tl.load(score, wanted & live, other=float("-inf")),)
+                for i in tl.static_range(len(reads)):
+                    score = pick_of_group(scores, group, j, N, False) + reads[i] * num_tokens + t
+                    known += (tl.load(score, live & (reads[i] >= 0), other=float("-inf")),)
                 if PASSED:
                     row = pick_of_group(passed, group, j, N, ALIGNED) + t * dim
                     given += (tl.load(row + column, inside & live, other=0),)
             for j in tl.static_range(GROUP):
                 live = group + j < num_sources
-                weight = tl.exp(known[j] - top)
-                if NORMALIZE:
-                    weight *= tl.load(pick_of_group(rstds, group, j, N, False) + t, live, other=0)
-                dv = tl.sum(weight[:, None] * g, 0)
+                for i in tl.static_range(len(reads)):
+                    weight = tl.exp(known[j * len(reads) + i] - tops[i])
+                    if NORMALIZE:
+                        weight *= tl.load(pick_of_group(rstds, group, j, N, False) + t, live, other=0)
+                    part = tl.sum(weight[:, None] * gs[i], 0)
+                    dv = part if i == 0 else dv + part
+                    # A thread's own columns first, so that little is kept until the group's are summed together.
+                    each = tl.reshape(gs[i] * rows[j].to(ACC)[None, :], [gs[i].shape[0], BLOCK_D // 8, 8])
+                    parts += (tl.sum(each, 2),)
                 if PASSED:
                     dv += given[j].to(ACC)
                 row = pick_of_group(dsources, group, j, N, ALIGNED) + t * dim
                 tl.store(row + column, dv.to(element), inside & live)
-                # A thread's own columns first, so that little is kept until the group's are summed together.
-                parts += (tl.sum(tl.reshape(g * rows[j].to(ACC)[None, :], [S_PAD, BLOCK_D // 8, 8]), 2),)
             n = group + tl.arange(0, GROUP)
-            dp = tl.sum(joined_group(parts), 1)
-            out = products + ((t * num_sources + n[None, :]) * S + s[:, None]) * num_pieces + piece
-            tl.store(out, dp, wanted[:, None] & (n < num_sources)[None, :])
+            for i in tl.static_range(len(reads)):
+                dp = tl.sum(joined_group(parts, i, len(reads)), 1)
+                out = products + ((t * num_sources + n[None, :]) * S + reads[i][:, None]) * num_pieces + piece
+                tl.store(out, dp, (reads[i] >= 0)[:, None] & (n < num_sources)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_sources"])
@@ -169,11 +185,10 @@ def mixed_backward(
     """Launch the backward pass: gradients of the sources, ``passed`` added, of their scores and, if given, of ``rstds``;
     ``softmax`` is m and z, which a single source needs not."""
     first, num_reads, num_sources = sources[0], len(scores[0]), len(sources)
-    (num_tokens, dim), reads = size_of(first), power_of_two(num_reads)
-    few = are_few(num_sources, num_reads)
-    block_d = min(BACKWARD_COLUMNS, BACKWARD_ELEMENTS // reads, power_of_two(dim, 16))
-    if not few and num_reads > 1:
-        block_d = min(block_d, BACKWARD_COLUMNS // 2)
+    num_tokens, dim = size_of(first)
+    few, count = are_few(num_sources, num_reads), padded(num_sources)
+    most = min(BACKWARD_COLUMNS if few or num_reads == 1 else BACKWARD_COLUMNS // 2, BACKWARD_ELEMENTS // num_reads)
+    block_d = min(power_of_two(most + 1) // 2, power_of_two(dim, 16))
     num_pieces = cdiv(dim, block_d)
     dsources = [source.new_empty(source.shape) for source in sources]
     dscores = [torch.empty_like(scores[0]) for _ in sources]
@@ -182,19 +197,17 @@ def mixed_backward(
     use_products = num_sources > 1 or rstds is not None
     products = scores[0].new_empty(num_tokens, num_sources, num_reads, num_pieces) if use_products else None
     fixed = {
-        "S": num_reads, "S_PAD": reads, "PRODUCTS": use_products, "NORMALIZE": rstds is not None, "ACC": accumulator(first),
+        "N": count, "S": num_reads, "PRODUCTS": use_products, "NORMALIZE": rstds is not None, "ACC": accumulator(first),
     }  # fmt: skip
-    given = tuple if few else pointers
     _backward[(num_tokens, num_pieces)](
-        given(sources), strides_of(sources), given(scores), rstds and given(rstds), softmax, tuple(douts), strides_of(douts),
-        passed and given(passed), given(dsources), products, num_sources, num_tokens, dim,
-        N=num_sources if few else padded(num_sources), FEW=few, BLOCK_D=block_d, PASSED=passed is not None,
-        ALIGNED=is_aligned(*sources, *douts, *dsources, *(passed or ())), BYTES=first.element_size(), STAGES=BACKWARD_STAGES,
-        num_warps=1, **fixed,
+        pointers(sources), strides_of(sources), pointers(scores), pointers(rstds), softmax, tuple(douts), strides_of(douts),
+        pointers(passed), pointers(dsources), products, num_sources, num_tokens, dim, FEW=few, BLOCK_D=block_d,
+        PASSED=passed is not None, ALIGNED=is_aligned(*sources, *douts, *dsources, *(passed or ())),
+        BYTES=first.element_size(), STAGES=BACKWARD_STAGES, num_warps=1, **fixed,
     )  # fmt: skip
+    reads, pieces = power_of_two(num_reads), power_of_two(num_pieces)
     _score_gradients[(cdiv(num_tokens, SCORE_TOKENS),)](
         pointers(scores), pointers(rstds), softmax, dlse, products, pointers(dscores), pointers(drstds or None), num_sources,
-        num_tokens, num_pieces, N=padded(num_sources), PIECES=power_of_two(num_pieces), BLOCK_T=SCORE_TOKENS,
-        num_warps=min(4, reads * power_of_two(num_pieces)), **fixed,
+        num_tokens, num_pieces, S_PAD=reads, PIECES=pieces, BLOCK_T=SCORE_TOKENS, num_warps=min(4, reads * pieces), **fixed,
     )  # fmt: skip
     return dsources, dscores, drstds

@@ -91,7 +91,8 @@ def pick_of_group(tensors, group, which: tl.constexpr, COUNT: tl.constexpr, ALIG
     """The pointer ``tensors[group + which]`` for a run-time multiple ``group`` of GROUP; a tile [1] if its alignment is told."""
     pointer = tl.full([1] if ALIGNED else [], 0, tl.int64) + tensors[which].to(tl.int64)
     for i in tl.static_range(GROUP, COUNT, GROUP):
-        pointer = tl.where(group == i, tensors[i + which].to(tl.int64), pointer)
+        if i + which < COUNT:
+            pointer = tl.where(group == i, tensors[i + which].to(tl.int64), pointer)
     pointer = pointer.to(tensors[0].dtype)
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -103,7 +104,8 @@ def pick_stride_of_group(strides, group, which: tl.constexpr):
     """``strides[group + which]``, or the only one, likewise, 64 bit."""
     stride = tl.full([], 0, tl.int64) + strides[0 if len(strides) == 1 else which]
     for i in tl.static_range(GROUP, len(strides), GROUP):
-        stride = tl.where(group == i, strides[i + which], stride)
+        if i + which < len(strides):
+            stride = tl.where(group == i, strides[i + which], stride)
     return stride
 
 
@@ -123,10 +125,14 @@ def group_of(tensors, group, COUNT: tl.constexpr):
 
 
 @triton.jit
-def joined_group(tiles):
-    """GROUP tiles [...] as one [..., GROUP]; a join puts what it joins last."""
-    evens = tl.join(tl.join(tiles[0], tiles[4]), tl.join(tiles[2], tiles[6]))
-    odds = tl.join(tl.join(tiles[1], tiles[5]), tl.join(tiles[3], tiles[7]))
+def joined_group(tiles, first: tl.constexpr, step: tl.constexpr):
+    """GROUP tiles [...], each ``step`` th from ``first`` on, as one [..., GROUP]; a join puts what it joins last."""
+    evens = tl.join(
+        tl.join(tiles[first], tiles[first + 4 * step]), tl.join(tiles[first + 2 * step], tiles[first + 6 * step])
+    )
+    odds = tl.join(
+        tl.join(tiles[first + step], tiles[first + 5 * step]), tl.join(tiles[first + 3 * step], tiles[first + 7 * step])
+    )
     joined = tl.join(evens, odds)
     return tl.reshape(joined, joined.shape[:-3] + [GROUP])  # noqa: RUF005 (no * in Triton)
 
@@ -161,13 +167,11 @@ def size_of(rows: Tensor) -> tuple[int, int]:
     return rows.numel() // dim, dim
 
 
-PAD_FROM, PAD_TO = 8, 16
-
-
 def padded(count: int) -> int:
-    """The number of tensors that a kernel is compiled for: above PAD_FROM the next multiple of PAD_TO, because there are rules
-    whose every site has one source more than the site before."""
-    return count if count <= PAD_FROM else -(-count // PAD_TO) * PAD_TO
+    """The number of tensors that a kernel is compiled for: 1, up to 16 the next even number, above the next multiple of 16,
+    because compiling takes a second, and there are rules whose every site has one source more than the site before."""
+    step = 1 if count == 1 else 2 if count <= 16 else 16
+    return cdiv(count, step) * step
 
 
 def pointers(tensors: list[Tensor] | None) -> tuple[Tensor, ...] | None:

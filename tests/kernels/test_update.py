@@ -54,8 +54,9 @@ def test_a_row_in_two_pieces(
 ):
     monkeypatch.setattr(update, "BACKWARD_ELEMENTS", 32)
     assert update._pieces_of(dim) == pieces
-    inputs = make(3, dim, DTYPES[0], device, inter=inter, norm=norm)
-    assert_as_good_as_plain(lambda leaves: call(leaves, return_mix=mix), inputs)
+    dtype = DTYPES[0]
+    draws = (make(7, dim, dtype, device, inter=inter, norm=norm) for _ in range(DRAWS[dtype]))
+    assert_as_good_as_plain(lambda leaves: call(leaves, return_mix=mix), *draws)
 
 
 def test_pieces_of_wide_rows():
