@@ -141,7 +141,7 @@ def test_sentences_about_the_kernels_are_their_result() -> None:
     step = f"{100 * over['model', 'fathom', 'forward_backward_ms'] - 100:.1f} %"
     stack = f"×{over['stack', 'fathom', 'forward_backward_ms']:.3f}"
     memory = f"×{over['model', 'fathom-recompute', 'peak_gib']:.4f}"
-    for page in (ROOT / "README.md", ROOT / "docs/kernels.md", ROOT / "docs/log.md", KERNELS / "README.md"):
+    for page in (ROOT / "docs/kernels.md", ROOT / "docs/log.md", KERNELS / "README.md"):
         text = page.read_text()
         assert step in text and stack in text and memory in text, page
     assert f"{step} over PreNorm in a model's step" in (ROOT / "docs/log.md").read_text()
@@ -160,103 +160,158 @@ def rounds(raw: Path, case: str, arm: str, metric: str) -> tuple[str, str]:
     return f"{median(ratios):.1f} %", f"{min(ratios):.1f} to {max(ratios):.1f}"
 
 
+def told(percent: str, span: str, text: str) -> bool:
+    """Whether ``text`` says a percentage and, after it, its rounds."""
+    return re.search(rf"{re.escape(percent)}[^.;%]* \((rounds )?{re.escape(span)}[);]", text) is not None
+
+
+STEP, FORWARD, WALL, MEMORY = "forward_backward_ms", "forward_ms", "wall_ms", "peak_gib"
+NEWEST, READS, PEERS = (f"2026-11-23_residual-path{part}" for part in ("", "-reads", "-peers"))
+
+
+def plain(page: Path) -> str:
+    return " ".join(page.read_text().split())
+
+
 def test_sentences_about_the_later_runs_of_the_kernels_are_their_results() -> None:
-    step, forward, wall, memory = "forward_backward_ms", "forward_ms", "wall_ms", "peak_gib"
     output, widths = "2026-11-22_residual-path-output", "2026-11-22_residual-path-widths"
-    newest, before = over_prenorm(output), over_prenorm(widths)
+    after, before = over_prenorm(output), over_prenorm(widths)
     wide = over_prenorm("2026-11-22_residual-path-d4096")
-    kernels, readme, changes, log = (
-        " ".join((ROOT / page).read_text().split())
-        for page in ("docs/kernels.md", "README.md", "CHANGELOG.md", "docs/log.md")
-    )
-    pages = {folder: " ".join((RESULTS / folder / "README.md").read_text().split()) for folder in (output, widths)}
+    kernels, log = plain(ROOT / "docs/kernels.md"), plain(ROOT / "docs/log.md")
+    pages = {folder: plain(RESULTS / folder / "README.md") for folder in (output, widths)}
     raws = {"d2048": RESULTS / output / "raw-d2048.json", "before": RESULTS / widths / "raw-d2048.json",
             "again": RESULTS / widths / "again-d2048.json", "widths": RESULTS / widths / "raw-widths.json"}  # fmt: skip
-    for raw, case, arm, metric, told in (
-        ("d2048", "model-d2048", "fathom", step, (kernels, pages[output])),
-        ("d2048", "model-d2048", "fathom", forward, (kernels, pages[output])),
-        ("d2048", "model-d2048", "fathom-recompute", step, (pages[output],)),
-        ("d2048", "model-d2048", "fathom-recompute", forward, (pages[output],)),
-        ("before", "model-d2048", "fathom", step, (pages[widths],)),
-        ("before", "model-d2048", "fathom", forward, (pages[widths],)),
-        ("again", "model-d2048", "fathom", step, (pages[widths],)),
-        ("again", "model-d2048", "fathom", forward, (pages[widths],)),
-        ("widths", "model-d1024", "fathom", step, (kernels, pages[widths])),
-        ("widths", "model-d1024", "fathom", forward, (pages[widths],)),
-        ("widths", "model-d2304", "fathom", step, (kernels, pages[widths])),
-        ("widths", "model-d2304", "fathom", forward, (pages[widths],)),
+    for raw, case, arm, metric, page in (
+        ("d2048", "model-d2048", "fathom", STEP, output),
+        ("d2048", "model-d2048", "fathom", FORWARD, output),
+        ("d2048", "model-d2048", "fathom-recompute", STEP, output),
+        ("d2048", "model-d2048", "fathom-recompute", FORWARD, output),
+        ("before", "model-d2048", "fathom", STEP, widths),
+        ("before", "model-d2048", "fathom", FORWARD, widths),
+        ("again", "model-d2048", "fathom", STEP, widths),
+        ("again", "model-d2048", "fathom", FORWARD, widths),
+        ("widths", "model-d1024", "fathom", STEP, widths),
+        ("widths", "model-d1024", "fathom", FORWARD, widths),
+        ("widths", "model-d2304", "fathom", STEP, widths),
+        ("widths", "model-d2304", "fathom", FORWARD, widths),
     ):
-        percent, span = rounds(raws[raw], case, arm, metric)
-        for text in told:
-            assert re.search(rf"{re.escape(percent)}[^.;%]* \((rounds )?{re.escape(span)}\)", text), (
-                raw,
-                case,
-                arm,
-                metric,
-            )
-    five = [
-        over_prenorm("2026-11-22_residual-path-h200"),
-        over_prenorm("2026-11-22_residual-path-h200-rerun"),
-        wide,
-        before,
-    ]
-    percents = [
-        [f"{100 * run['model-d2048', 'fathom', metric] - 100:.1f}" for run in five] for metric in (step, forward)
-    ]
-    plain = re.sub(r"\[([\d.]+)\]\([^)]*\)", r"\1", kernels)
-    for found, metric in zip(percents, (step, forward), strict=True):
-        last = rounds(raws["again"], "model-d2048", "fathom", metric)[0]
-        assert f"{', '.join(found)} and {last}" in plain
+        assert told(*rounds(raws[raw], case, arm, metric), pages[page]), (raw, case, arm, metric)
     for case, arm, metric in (
-        ("stack-d2048", "fathom", step), ("model-d4096", "fathom", step), ("model-d4096", "fathom", wall),
-        ("model-d4096", "fathom-recompute", step),
+        ("stack-d2048", "fathom", STEP), ("model-d4096", "fathom", STEP), ("model-d4096", "fathom", WALL),
+        ("model-d4096", "fathom-recompute", STEP),
     ):  # fmt: skip
-        assert f"×{newest[case, arm, metric]:.3f}" in kernels and f"×{newest[case, arm, metric]:.3f}" in pages[output]
+        assert f"×{after[case, arm, metric]:.3f}" in pages[output]
     for case, arm in (
         ("model-d2048", "fathom"),
         ("model-d2048", "fathom-recompute"),
         ("model-d4096", "fathom-recompute"),
     ):
-        assert f"×{newest[case, arm, memory]:.4f}" in kernels and f"×{newest[case, arm, memory]:.4f}" in pages[output]
-    assert f"×{newest['stack-d2048', 'fathom', step]:.3f}" in readme
-    assert f"×{newest['model-d2048', 'fathom-recompute', memory]:.4f}" in readme
-    of_case = {"2048": newest["model-d2048", "fathom", step], "4096": newest["model-d4096", "fathom", step],
-               "1024": before["model-d1024", "fathom", step], "2304": before["model-d2304", "fathom", step]}  # fmt: skip
-    percent = {case: f"{100 * ratio - 100:.1f} %" for case, ratio in of_case.items()}
-    assert f"At width 2048 {percent['2048']} in a model" in readme and f"at width 4096 {percent['4096']}" in readme
-    assert f"at 1024 {percent['1024']}, in the 48B model's shape {percent['2304']}" in readme
-    assert f"with the newest kernels {percent['2048']}" in changes
-    assert f"{percent['4096']} at 4096, {percent['1024']} at 1024, {percent['2304']} at 2304" in changes
-    for run, text in ((before, kernels), (before, log), (newest, log)):
-        assert f"×{run['stack-d2048', 'fathom', step]:.3f}" in text
-        assert f"×{run['model-d2048', 'fathom-recompute', memory]:.4f}" in text
+        assert f"×{after[case, arm, MEMORY]:.4f}" in pages[output]
+    for run in (before, after):
+        assert f"×{run['stack-d2048', 'fathom', STEP]:.3f}" in log
+        assert f"×{run['stack-d2048', 'fathom', STEP]:.3f}" in kernels
+        assert f"×{run['model-d2048', 'fathom-recompute', MEMORY]:.4f}" in log
     for case in ("model-d1024", "model-d2304"):
         for arm in ("fla", "fathom-recompute"):
-            assert (
-                f"×{before[case, arm, memory]:.4f}" in kernels and f"×{before[case, arm, memory]:.4f}" in pages[widths]
-            )
+            assert f"×{before[case, arm, MEMORY]:.4f}" in pages[widths]
         for arm in ("fla", "liger"):
-            assert f"{100 * before[case, arm, step] - 100:.1f} %" in pages[widths]
-            assert before[case, arm, step] > before[case, "fathom-recompute", step]
-    lately = (
-        over_prenorm("2026-11-22_residual-path-h200-rerun")["model-d2048", "fla", memory],
-        wide["model-d4096", "fla", memory],
-    )
-    assert f"×{lately[0]:.4f} and ×{lately[1]:.4f} in earlier runs" in kernels
-    for run, metric in ((five[1], step), (wide, step), (wide, forward)):
+            assert f"{100 * before[case, arm, STEP] - 100:.1f} %" in pages[widths]
+            assert before[case, arm, STEP] > before[case, "fathom-recompute", STEP]
+    again = over_prenorm("2026-11-22_residual-path-h200-rerun")
+    for run, metric in ((again, STEP), (wide, STEP), (wide, FORWARD)):
         assert f"{100 * run['model-d2048', 'fathom', metric] - 100:.1f} %" in log
-    for case, metric in (("model-d4096", step), ("model-d4096", wall), ("stack-d2048", step)):
+    for case, metric in (("model-d4096", STEP), ("model-d4096", WALL), ("stack-d2048", STEP)):
         assert f"×{wide[case, 'fathom', metric]:.3f}" in log
-    lowest, highest = min(map(float, percents[0])), rounds(raws["again"], "model-d2048", "fathom", step)[0]
-    assert f"in six runs on H200s {lowest} to {highest}, with" in changes
-    index = (ROOT / "docs/index.md").read_text()
-    others = sorted(ratio for case, ratio in of_case.items() if case != "2048")
-    spans = f"{100 * others[0] - 100:.1f} to {100 * others[-1] - 100:.1f} % at others"
-    assert f"{lowest} to {highest} over PreNorm in a model's step at width 2048, {spans}" in index
+    runs = (over_prenorm("2026-11-22_residual-path-h200"), again, wide, before, after)
+    six = [100 * run["model-d2048", "fathom", STEP] - 100 for run in runs]
+    six.append(float(rounds(raws["again"], "model-d2048", "fathom", STEP)[0].split()[0]))
+    assert f"{min(six):.1f} to {max(six):.1f} % over PreNorm in six runs" in kernels
     page = (RESULTS / "2026-11-22_residual-path-d4096/README.md").read_text()
-    for arm, metric in (("fathom", step), ("fathom", wall), ("fathom", forward), ("fathom-recompute", step),
-                        ("fathom-recompute", memory), ("fla", step), ("liger", step)):  # fmt: skip
+    for arm, metric in (("fathom", STEP), ("fathom", WALL), ("fathom", FORWARD), ("fathom-recompute", STEP),
+                        ("fathom-recompute", MEMORY), ("fla", STEP), ("liger", STEP)):  # fmt: skip
         assert f"×{wide['model-d4096', arm, metric]:.3f}" in page
+
+
+def test_sentences_about_the_newest_kernels_are_their_results() -> None:
+    newest, reads, peers = (over_prenorm(folder) for folder in (NEWEST, READS, PEERS))
+    widths = over_prenorm("2026-11-22_residual-path-widths")
+    pages = {folder: plain(RESULTS / folder / "README.md") for folder in (NEWEST, READS, PEERS)}
+    kernels, readme, changes, index, log = (
+        plain(ROOT / page) for page in ("docs/kernels.md", "README.md", "CHANGELOG.md", "docs/index.md", "docs/log.md")
+    )
+    for folder, raw, case, arm, metric, texts in (
+        (NEWEST, "d2048", "model-d2048", "fathom", STEP, (kernels, pages[NEWEST])),
+        (NEWEST, "d2048", "model-d2048", "fathom", FORWARD, (kernels, pages[NEWEST])),
+        (NEWEST, "d2048", "model-d2048", "fathom-recompute", STEP, (pages[NEWEST],)),
+        (NEWEST, "d2304", "model-d2304", "fathom", STEP, (kernels, pages[NEWEST])),
+        (NEWEST, "d2304", "model-d2304", "fathom", FORWARD, (pages[NEWEST],)),
+        (NEWEST, "d2304", "model-d2304", "fathom-recompute", STEP, (kernels, pages[NEWEST])),
+        (READS, "d2048", "model-d2048", "fathom", STEP, (pages[READS],)),
+        (READS, "d4096", "model-d4096", "fathom", STEP, (kernels, pages[READS])),
+        (READS, "d4096", "model-d4096", "fathom", WALL, (kernels, pages[READS])),
+        (READS, "widths", "model-d2304", "fathom", STEP, (kernels, pages[READS])),
+        (PEERS, "d2048", "model-d2048", "fathom", STEP, (pages[PEERS],)),
+        (PEERS, "d2048", "model-d2048", "fathom", FORWARD, (pages[PEERS],)),
+        ("2026-11-22_residual-path-widths", "widths", "model-d1024", "fathom", STEP, (kernels,)),
+    ):
+        for text in texts:
+            found = rounds(RESULTS / folder / f"raw-{raw}.json", case, arm, metric)
+            assert told(*found, text), (folder, case, arm, metric, found)
+
+    def percent(run: dict[tuple[str, str, str], float], case: str, arm: str = "fathom", metric: str = STEP) -> str:
+        return f"{100 * run[case, arm, metric] - 100:.1f} %"
+
+    stack = f"×{newest['stack-d2048', 'fathom', STEP]:.3f}"
+    assert all(stack in text for text in (kernels, readme, log, pages[NEWEST]))
+    assert (
+        f"×{reads['stack-d2048', 'fathom', STEP]:.3f}" in kernels
+        and f"×{reads['stack-d2048', 'fathom', STEP]:.3f}" in log
+    )
+    at = {"2048": newest["model-d2048", "fathom", STEP], "2304": newest["model-d2304", "fathom", STEP],
+          "4096": reads["model-d4096", "fathom", STEP], "1024": widths["model-d1024", "fathom", STEP]}  # fmt: skip
+    at = {width: f"{100 * ratio - 100:.1f}" for width, ratio in at.items()}
+    assert f"At width 2048 {at['2048']} % in a model" in readme and f"at width 4096 {at['4096']} %" in readme
+    assert f"(54 sublayers of width 2304) {at['2304']} %" in readme and f"at 1024 {at['1024']} %" in readme
+    assert f"{at['2048']} % over PreNorm in a model's step at width 2048 and {at['2304']} % at 2304" in changes
+    assert f"{at['4096']} % at 4096, {at['1024']} % at 1024" in changes
+    others = sorted((at[width] for width in ("1024", "2304", "4096")), key=float)
+    assert (
+        f"{at['2048']} % over PreNorm in a model's step at width 2048, {others[0]} to {others[-1]} % at others" in index
+    )
+    for run, case, arm in ((newest, "model-d2048", "fathom"), (newest, "model-d2048", "fathom-recompute"),
+                           (newest, "model-d2304", "fathom-recompute"), (peers, "model-d2048", "fla"),
+                           (reads, "model-d2304", "fla"), (reads, "model-d4096", "fathom-recompute"),
+                           (widths, "model-d1024", "fla"), (widths, "model-d1024", "fathom-recompute")):  # fmt: skip
+        assert f"×{run[case, arm, MEMORY]:.4f}" in kernels, (case, arm)
+    assert f"×{newest['model-d2048', 'fathom-recompute', MEMORY]:.4f}" in readme
+    for arm in ("fathom", "fla", "fast-attnres", "fathom-checkpoint", "flash-attn-res"):
+        assert percent(peers, "model-d2048", arm) in kernels and percent(peers, "model-d2048", arm) in pages[PEERS]
+        assert arm == "fla" or percent(peers, "model-d2048", arm) in log
+        assert arm == "fla" or f"×{peers['stack-d2048', arm, STEP]:.3f}" in pages[PEERS]
+    for run, case, arm in (
+        (reads, "model-d2304", "fla"),
+        (reads, "model-d2304", "liger"),
+        (reads, "model-d2048", "liger"),
+    ):
+        assert percent(run, case, arm) in kernels and percent(run, case, arm) in pages[READS]
+    for run in (newest, reads, peers):
+        for (case, arm, metric), ratio in run.items():
+            if metric in (STEP, FORWARD) and arm in ("fla", "liger", "fast-attnres", "flash-attn-res"):
+                own = "fathom-checkpoint" if arm == "flash-attn-res" else "fathom"
+                assert ratio > run[case, own, metric], "no peer is ahead in GPU time"
+
+
+def test_shares_of_each_kernel_alone_are_their_result() -> None:
+    """The table of docs/kernels.md, percent of the byte floor."""
+    rows = json.loads((RESULTS / READS / "kernels.json").read_text())["rows"]
+    share = {(row["case"], row["metric"]): row["median"] for row in rows}
+    table = (ROOT / "docs/kernels.md").read_text().split("| operation | 1024 |")[1].split("\n\n")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert len(lines) == 9
+    for operation, *cells in lines:
+        for width, cell in zip((1024, 2048, 2304, 4096, 7168), cells, strict=True):
+            pair = [share[f"{operation.strip('`')}-d{width}", f"{way}_floor"] for way in ("forward", "backward")]
+            assert cell == " / ".join(f"{100 * each:.0f}" for each in pair), (operation, width)
 
 
 def test_full_attnres_kernels_are_the_profiles() -> None:
@@ -318,7 +373,7 @@ def test_each_kernels_share_is_the_probes() -> None:
 
 def test_a_steps_passes_are_the_profiles() -> None:
     """The table of docs/kernels.md, from the kernels of one step of the stack: all but the 64 that scale."""
-    stack = json.loads((KERNELS / "raw.json").read_text())["cases"][0]
+    _, stack = json.loads((RESULTS / NEWEST / "raw-d2048.json").read_text())["cases"]
     kernels = {arm: stack["arms"][arm]["kernels"] for arm in ("fathom", "prenorm")}
     passes = {arm: {name: ms / stack["pass_ms"] for name, n, ms in kernels[arm] if n != 64} for arm in kernels}
     own = [passes["fathom"][name] for name in ("_backward", "_forward", "_mix", "_gradients", "_scores")]

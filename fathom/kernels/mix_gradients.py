@@ -84,7 +84,7 @@ def _backward(
                 if NORMALIZE:
                     weight *= tl.load(pick(rstds, n, N, False) + t)
                 part = tl.sum(weight[:, None] * gs[i], 0)
-                dv = part if i == 0 else dv + part
+                dv = part if i == 0 else dv + part  # type: ignore[has-type]
             if PASSED:
                 dv += tl.load(pick(passed, n, N, ALIGNED) + t * dim + column, inside, other=0).to(ACC)
             tl.store(pick(dsources, n, N, ALIGNED) + t * dim + column, dv.to(element), inside)
