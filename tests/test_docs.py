@@ -271,12 +271,13 @@ def test_sentences_about_the_newest_kernels_are_their_results() -> None:
           "4096": reads["model-d4096", "fathom", STEP], "1024": widths["model-d1024", "fathom", STEP]}  # fmt: skip
     at = {width: f"{100 * ratio - 100:.1f}" for width, ratio in at.items()}
     assert f"At width 2048 {at['2048']} % in a model" in readme and f"at width 4096 {at['4096']} %" in readme
-    assert f"(54 sublayers of width 2304) {at['2304']} %" in readme and f"at 1024 {at['1024']} %" in readme
+    assert f"(54 sublayers of width 2304, blocks of 6) {at['2304']} %" in readme and f"at 1024 {at['1024']} %" in readme
     assert f"{at['2048']} % over PreNorm in a model's step at width 2048 and {at['2304']} % at 2304" in changes
     assert f"{at['4096']} % at 4096, {at['1024']} % at 1024" in changes
     others = sorted((at[width] for width in ("1024", "2304", "4096")), key=float)
     assert (
-        f"{at['2048']} % over PreNorm in a model's step at width 2048, {others[0]} to {others[-1]} % at others" in index
+        f"{at['2048']} % over PreNorm in a model's step at width 2048, {others[0]} to {others[-1]} % at others,"
+        in index
     )
     for run, case, arm in ((newest, "model-d2048", "fathom"), (newest, "model-d2048", "fathom-recompute"),
                            (newest, "model-d2304", "fathom-recompute"), (peers, "model-d2048", "fla"),
@@ -307,7 +308,7 @@ def test_shares_of_each_kernel_alone_are_their_result() -> None:
     share = {(row["case"], row["metric"]): row["median"] for row in rows}
     table = (ROOT / "docs/kernels.md").read_text().split("| operation | 1024 |")[1].split("\n\n")[0]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    assert len(lines) == 9
+    assert len(lines) == 10
     for operation, *cells in lines:
         for width, cell in zip((1024, 2048, 2304, 4096, 7168), cells, strict=True):
             pair = [share[f"{operation.strip('`')}-d{width}", f"{way}_floor"] for way in ("forward", "backward")]

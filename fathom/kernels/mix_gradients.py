@@ -173,7 +173,7 @@ def _score_gradients(
 
 
 def are_few(num_sources: int, num_reads: int) -> bool:
-    """Whether a kernel is compiled for just so many sources, and goes through them one by one."""
+    """Whether sources are gone through one by one, and not by groups."""
     return num_sources <= (FEW_SOURCES if num_reads > 1 else GROUP)
 
 

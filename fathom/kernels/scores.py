@@ -44,15 +44,15 @@ from fathom.kernels.tiles import (
 SCORE_TOKENS, SCORE_COLUMNS, SCORE_WARPS = 64, 128, 4
 """Tile of a source in ``_scores``, and the warps that share it."""
 MOST_QUERIES, MOST_QUERIES_WIDE = 64, 16
-"""Queries of one program, of bfloat16 terms and of wider ones; more are taken by more programs. A product of 64 rows, be they
-zeros, is the tensor cores' own, and faster than one of fewer."""
+"""Queries of one product, of bfloat16 terms and of wider ones; more take several. One of 64 rows, be they zeros, is the tensor
+cores' own, and faster than one of fewer: but for the gradients of up to 16 queries."""
 COEFFICIENT_TOKENS = 128
 """Tokens of one program of ``_coefficients``."""
 GRADIENT_TOKENS, GRADIENT_COLUMNS, GRADIENT_WARPS, GRADIENT_PROGRAMS, GRADIENT_TURNS = 64, 64, 4, 256, 4
 """Tokens and columns of one step of ``_gradients``, its warps, for how many programs all tokens are cut into shares, and of
 several sources at most how many times as many."""
 GRADIENT_STAGES = 3
-"""Steps whose loads are all on the way, of two terms; for three shared memory has no room."""
+"""Steps whose loads are all on the way, of two terms; three take so much shared memory that many queries lose by it."""
 
 
 @triton.jit

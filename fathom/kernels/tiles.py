@@ -168,7 +168,7 @@ def size_of(rows: Tensor) -> tuple[int, int]:
 
 
 def padded(count: int) -> int:
-    """The number of tensors that a kernel is compiled for: 1, up to 16 the next even number, above the next multiple of 16,
+    """The number of tensors that most kernels are compiled for: 1, up to 16 the next even number, above the next multiple of 16,
     because compiling takes a second, and there are rules whose every site has one source more than the site before."""
     step = 1 if count == 1 else 2 if count <= 16 else 16
     return cdiv(count, step) * step
