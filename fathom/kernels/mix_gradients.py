@@ -41,8 +41,8 @@ FEW_SOURCES = 16
 BACKWARD_COLUMNS, BACKWARD_ELEMENTS, BACKWARD_STAGES = 512, 5120, 5
 """Most columns of a program of ``_backward``, which is a warp, most elements of dout that it holds, and how many of few sources'
 rows are on the way."""
-SCORE_TOKENS = 32
-"""Tokens of one program of ``_score_gradients``."""
+SCORE_TOKENS, SCORE_ELEMENTS = 32, 4096
+"""Most tokens of one program of ``_score_gradients``, and most parts of dp that it takes at a time, if a token has no more."""
 
 
 @triton.jit(do_not_specialize=["num_sources"])
@@ -188,7 +188,7 @@ def mixed_backward(
     num_tokens, dim = size_of(first)
     few, count = are_few(num_sources, num_reads), padded(num_sources)
     most = min(BACKWARD_COLUMNS if few or num_reads == 1 else BACKWARD_COLUMNS // 2, BACKWARD_ELEMENTS // num_reads)
-    block_d = min(power_of_two(most + 1) // 2, power_of_two(dim, 16))
+    block_d = min(max(16, power_of_two(most + 1) // 2), power_of_two(dim, 16))
     num_pieces = cdiv(dim, block_d)
     dsources = [source.new_empty(source.shape) for source in sources]
     dscores = [torch.empty_like(scores[0]) for _ in sources]
@@ -206,8 +206,9 @@ def mixed_backward(
         BYTES=first.element_size(), STAGES=BACKWARD_STAGES, num_warps=1, **fixed,
     )  # fmt: skip
     reads, pieces = power_of_two(num_reads), power_of_two(num_pieces)
-    _score_gradients[(cdiv(num_tokens, SCORE_TOKENS),)](
+    block_t = max(1, min(SCORE_TOKENS, SCORE_ELEMENTS // (reads * pieces)))
+    _score_gradients[(cdiv(num_tokens, block_t),)](
         pointers(scores), pointers(rstds), softmax, dlse, products, pointers(dscores), pointers(drstds or None), num_sources,
-        num_tokens, num_pieces, S_PAD=reads, PIECES=pieces, BLOCK_T=SCORE_TOKENS, num_warps=min(4, reads * pieces), **fixed,
+        num_tokens, num_pieces, S_PAD=reads, PIECES=pieces, BLOCK_T=block_t, num_warps=min(4, reads * pieces), **fixed,
     )  # fmt: skip
     return dsources, dscores, drstds

@@ -228,6 +228,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program may have on a GPU; elsewhere a Hopper's."""
+    if device.type != "cuda":
+        return 232448
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
 def warps(elements: int) -> int:
     """Warps for a tile: 64 elements a thread, between 1 and 16 of them."""
     return max(1, min(16, elements // 2048))

@@ -35,6 +35,7 @@ from fathom.kernels.tiles import (
     on_their_device,
     power_of_two,
     rsqrt,
+    shared_memory,
     size_of,
     statistic,
     sums_together,
@@ -239,7 +240,7 @@ def _backward_tile(total: Tensor) -> tuple[int, int, int, int, int]:
     tokens = max(1, min(8, BACKWARD_ELEMENTS // first))
     elements = tokens * (first + second)
     num_warps = max(4, min(16, power_of_two(cdiv(elements, WARP_ELEMENTS))))
-    each = BACKWARD_BYTES * num_warps // max(BACKWARD_WARPS, num_warps)
+    each = min(BACKWARD_BYTES * num_warps // max(BACKWARD_WARPS, num_warps), shared_memory(total.device) - 4096)
     stages = 1 + each // (4 * elements * total.element_size())
     return tokens, first, second, num_warps, min(stages, BACKWARD_STAGES)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fathom import kernels
-from fathom.kernels import use_backend
+from fathom.kernels import mix_gradients, use_backend
 from tests.kernels.cases import DRAWS, DTYPES, assert_as_good_as_plain, run
 
 
@@ -228,3 +228,12 @@ BAD = [
 def test_a_wrong_argument_is_named(wrong, message: str):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 40, 7), (17, 6, 40, 3)], ids=str)
+def test_more_reads_than_a_tile_takes(shape: tuple[int, int, int, int], device: str, monkeypatch: pytest.MonkeyPatch):
+    """As hundreds of reads: fewer columns for each than a tile has at least, more parts of dp than are taken for a token."""
+    monkeypatch.setattr(mix_gradients, "BACKWARD_ELEMENTS", 32)
+    monkeypatch.setattr(mix_gradients, "SCORE_ELEMENTS", 16)
+    draws = (make_mix(*shape, DTYPES[0], device) for _ in range(DRAWS[DTYPES[0]]))
+    assert_as_good_as_plain(call_mix(shape[0]), *draws)
